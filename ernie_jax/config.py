@@ -1,0 +1,253 @@
+"""Every setting of ernie_jax, its default and its check, in one place.
+
+A configuration file (`configs/*.py`) holds `config = Config(...)` or a `dataclasses.replace` of another one.
+Where the paper is silent, the choice made here is a field, and its comment says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+
+class UserError(Exception):
+  """Something the user can put right. Shown as one line; the command ends with exit code 2."""
+
+
+def check(condition: bool, field: str, value: Any, remedy: str) -> None:
+  """Raises a `UserError` that names field, value and remedy unless `condition` holds."""
+  if not condition:
+    raise UserError(f"{field}={value!r}: {remedy}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Which texts, and how much of each is read."""
+
+  name: str = "docstrings"
+  packages: tuple[str, ...] = ("python", "numpy", "scipy", "jax", "jaxlib", "flax", "optax")  # docstrings: whose
+  cache: str = "~/.cache/ernie_jax"  # prepared data sets and downloaded weights, shared by all runs
+  query_length: int = 32  # tokens, special ones included
+  passage_length: int = 128
+
+  def __post_init__(self):
+    check(self.name == "docstrings", "data.name", self.name, "known data sets: docstrings")
+    check(len(self.packages) > 0, "data.packages", self.packages, "name at least one package, such as python")
+    for field in ("query_length", "passage_length"):
+      check(getattr(self, field) >= 4, f"data.{field}", getattr(self, field), "needs at least 4 tokens")
+
+  @property
+  def pair_length(self) -> int:
+    """A query and a passage share one [SEP] and one [CLS]: nothing is cut off when both are joined."""
+    return self.query_length + self.passage_length - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+  """Shape of a BERT or ERNIE encoder. Read from the checkpoint; given here only for a start from scratch."""
+
+  vocabulary: int = 8192  # from scratch: the size of the WordPiece vocabulary built from the corpus
+  width: int = 256  # H
+  layers: int = 4
+  heads: int = 4
+  inner: int = 1024
+  positions: int = 512
+  types: int = 2
+  tasks: int = 0  # ERNIE's task type embeddings; 0: none
+  activation: Literal["gelu", "relu"] = "gelu"  # gelu is the exact one, with erf
+  epsilon: float = 1e-12
+  dropout: float = 0.1
+  attention_dropout: float = 0.1
+  special: tuple[int, ...] = ()  # ids of [CLS], [SEP], ...: filled in from the tokenizer
+
+  def __post_init__(self):
+    check(self.width % self.heads == 0, "architecture.heads", self.heads, f"must divide width={self.width}")
+    check(self.layers >= 1, "architecture.layers", self.layers, "needs at least 1 layer")
+    for field in ("dropout", "attention_dropout"):
+      check(0 <= getattr(self, field) < 1, f"architecture.{field}", getattr(self, field), "must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """Student and teacher (METHOD: three scorers)."""
+
+  start: str = ""  # Hugging Face directory or hub id; empty: from scratch, with a vocabulary built from the corpus
+  scratch: Architecture = Architecture()
+  pooling: Literal["cls", "mean"] = "cls"  # the paper's family reads the first token
+  cosine: bool = False  # normalise dual-encoder vectors; then set loss.temperature.dual to about 0.05
+  late_width: int | None = 128  # D of late interaction; None uses the hidden states themselves
+  tied: bool = True  # one encoder for queries and passages
+  teacher_start: str = ""  # the cross-encoder's checkpoint; empty: as the student's
+  share_encoder: bool = False  # the cross-encoder uses the student's encoder
+  teacher_pooler: bool = True  # tanh pooler before the logit (ERNIE-Search); False: raw first token (RocketQAv2)
+  dropout: float | None = None  # hidden and attention dropout; None: as the checkpoint says
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters and losses stay float32
+  scan: bool = True  # loop over layers in the compiled program; False unrolls it (faster on CPU, slower to compile)
+  remat: bool = False  # recompute activations in the backward pass: less memory, a third more work
+
+  def __post_init__(self):
+    check(self.late_width is None or self.late_width > 0, "model.late_width", self.late_width, "use 128 or None")
+    check(self.dropout is None or 0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
+    check(
+      not (self.share_encoder and self.teacher_start),
+      "model.teacher_start",
+      self.teacher_start,
+      "a shared encoder has no checkpoint of its own: drop it, or set model.share_encoder=False",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """Weight of each loss term; a term of weight 0 is not traced. The paper weighs all terms 1."""
+
+  nll_ce: float = 1.0
+  nll_li: float = 1.0
+  nll_de: float = 1.0
+  kl_ce_li: float = 1.0
+  kl_li_de: float = 1.0
+  kl_ce_de: float = 1.0
+  kl_attention: float = 1.0
+  dualreg_query: float = 1.0
+  dualreg_passage: float = 1.0
+
+  def __post_init__(self):
+    for term, weight in dataclasses.asdict(self).items():
+      check(0 <= weight < math.inf, f"weights.{term}", weight, "must be a number >= 0")
+    check(bool(self.active), "weights", "all 0", "give at least one term a weight above 0")
+
+  @classmethod
+  def only(cls, **weights: float) -> Weights:
+    """The named weights; every other term is off."""
+    off = {field.name: 0.0 for field in dataclasses.fields(cls)}
+    return cls(**(off | weights))
+
+  @property
+  def active(self) -> frozenset[str]:
+    return frozenset(term for term, weight in dataclasses.asdict(self).items() if weight > 0)
+
+  @property
+  def needs_teacher(self) -> bool:
+    return bool(self.active & {"nll_ce", "kl_ce_li", "kl_ce_de", "kl_attention"})
+
+  @property
+  def needs_late(self) -> bool:
+    return bool(self.active & {"nll_li", "kl_ce_li", "kl_li_de", "kl_attention"})
+
+  @property
+  def needs_student(self) -> bool:
+    return bool(self.active - {"nll_ce"})
+
+  @property
+  def needs_twin(self) -> bool:
+    return bool(self.active & {"dualreg_query", "dualreg_passage"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperatures:
+  """Scores are divided by these before every softmax (choice: 1 everywhere, as the paper's family does)."""
+
+  dual: float = 1.0
+  late: float = 1.0
+  cross: float = 1.0
+  attention: float = 1.0
+
+  def __post_init__(self):
+    for field, value in dataclasses.asdict(self).items():
+      check(value > 0, f"temperature.{field}", value, "must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """AdamW, linear warm-up, linear decay to 0; no weight decay on norms and biases."""
+
+  learning_rate: float = 2e-5
+  head_learning_rate: float | None = None  # of layers that no checkpoint brings; None: the same
+  warmup: float = 0.1  # share of the stage's steps
+  weight_decay: float = 0.01
+  clip: float = 1.0  # largest global gradient norm
+
+  def __post_init__(self):
+    check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
+    check(0 <= self.warmup <= 1, "optimizer.warmup", self.warmup, "is a share of the steps, in [0, 1]")
+    check(self.clip > 0, "optimizer.clip", self.clip, "must be above 0; use a large number to switch it off")
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """One training stage: how long, on what, towards which loss."""
+
+  steps: int = 1000
+  batch: int = 64  # B: queries in the global batch, over all devices
+  negatives: int = 0  # n: hard negatives of each query; its list has K = 1 + n passages
+  weights: Weights = Weights()
+  temperature: Temperatures = Temperatures()
+  dual_pool: Literal["global", "own"] = "global"  # candidates of nll_de: every passage of the global batch, or its list
+  late_pool: Literal["global", "own"] = "own"  # candidates of nll_li and kl_li_de
+  frozen_teacher: bool = False
+  optimizer: Optimizer = Optimizer()
+  checkpoint_every: int = 50  # steps
+
+  def __post_init__(self):
+    for field in ("steps", "batch", "checkpoint_every"):
+      check(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
+    check(self.negatives >= 0, "negatives", self.negatives, "must be 0 or more")
+    lists = self.weights.active & {"nll_ce", "kl_ce_li", "kl_ce_de"}
+    check(
+      self.negatives > 0 or not lists,
+      "negatives",
+      self.negatives,
+      f"{', '.join(sorted(lists))} compare a query's own passages: give it hard negatives, or weight 0",
+    )
+    check(
+      self.negatives > 0 or self.late_pool == "global" or not self.weights.active & {"nll_li", "kl_li_de"},
+      "late_pool",
+      self.late_pool,
+      "without hard negatives a query's own list is one passage: use late_pool='global'",
+    )
+    check(
+      not (self.frozen_teacher and self.weights.nll_ce > 0),
+      "weights.nll_ce",
+      self.weights.nll_ce,
+      "trains nothing when the teacher is frozen: set it to 0, or frozen_teacher=False",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+  """Hard negatives: the current student's ranks first..last, known positives and equal texts left out."""
+
+  first: int = 1
+  last: int = 30
+
+  def __post_init__(self):
+    check(1 <= self.first <= self.last, "mine.first", self.first, f"must lie in 1..mine.last={self.last}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+  """How deep late interaction and the cross-encoder re-rank the dual-encoder's list on the test split."""
+
+  late_depth: int = 100
+  cross_depth: int = 100
+  teacher_depth: int = 20  # of the check on dev that the teacher out-ranks the student before the cascade
+
+  def __post_init__(self):
+    for field in ("late_depth", "cross_depth", "teacher_depth"):
+      check(getattr(self, field) >= 1, f"evaluate.{field}", getattr(self, field), "must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The whole strategy (METHOD: training strategy). `ernie-jax run` takes its stages in this order."""
+
+  seed: int = 0
+  data: Data = Data()
+  model: Model = Model()
+  interaction: Train = Train(
+    weights=Weights.only(nll_de=1, nll_li=1, kl_li_de=1, dualreg_query=1, dualreg_passage=1), late_pool="global"
+  )
+  mine: Mine = Mine()
+  warmup: Train = Train(batch=8, negatives=3, weights=Weights.only(nll_ce=1))
+  cascade: Train = Train(batch=8, negatives=3)
+  evaluate: Evaluate = Evaluate()
