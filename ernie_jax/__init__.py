@@ -1,1 +1,30 @@
-"""placeholder"""
+"""ERNIE-Search in JAX: a cross-encoder teaches a late-interaction model that teaches a dual-encoder, in one step.
+
+The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the order in which data flows:
+
+  settings, defaults, checks            config.py
+  devices and hosts                     mesh.py
+  ERNIE/BERT encoder                    encoder.py
+  the three scorers                     scores.py
+  the loss terms, DualReg               losses.py
+  one jitted training step              step.py
+  texts, queries, judgements            datasets/
+  tokenizer and token store             tokens.py
+  lists, hard negatives, batches        batches.py
+  released weights                      pretrained.py
+  state and data position on disk       checkpoints.py
+  the training loop                     train.py
+  encoding, ranking, mining             retrieval.py
+  metrics, BM25                         evaluate.py
+  curves and tables as one page         report.py
+  the training strategy, stage by stage recipe.py
+  the command line                      __main__.py
+
+Each file imports only files above it. Shape letters, the same everywhere:
+
+  B queries of a global batch   K passages of a query's list (the positive first, then n hard negatives)
+  P pool: all B*K passages      N texts of any kind     Lq, Lp, Lj tokens of a query, a passage, a joined pair
+  H hidden width                D late-interaction width     L tokens of any row    C candidates of a softmax
+"""
+
+__version__ = "0.1.0"

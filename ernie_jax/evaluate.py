@@ -1,0 +1,282 @@
+"""Runs and qrels in TREC format, MRR@10, R@k and nDCG@10 through `ir_measures`, and the BM25 baseline.
+
+One order everywhere: by score, descending; equal scores by passage id, descending, as trec_eval breaks ties.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from ernie_jax.config import UserError
+
+Run = dict[str, dict[str, float]]  # query id -> passage id -> score
+Qrels = dict[str, dict[str, int]]  # query id -> passage id -> relevance; 1 and above is relevant
+T = TypeVar("T")
+
+MEASURES = ("MRR@10", "R@20", "nDCG@10", "R@100")
+SYSTEMS = ("bm25", "zero_shot", "dual", "late", "cross")  # the rows of a result table, weakest first
+
+
+def ranked(scores: dict[str, float]) -> list[str]:
+  """The passage ids of one query, best first. Raises `UserError` for a score that is NaN."""
+  for pid, score in scores.items():
+    if math.isnan(score):
+      raise UserError(f"the score of passage {pid!r} is NaN: check the model that made it")
+  return sorted(sorted(scores, reverse=True), key=scores.__getitem__, reverse=True)  # sorting is stable
+
+
+# Files
+
+
+def write_run(run: Run, path: str | Path, tag: str) -> None:
+  """Writes `qid Q0 pid rank score tag`, ranks from 1. Queries without passages leave no line.
+
+  Scores keep every digit: `read_run` gives back the same numbers. Raises `UserError` for ids that hold
+  white space, NaN, an empty run and a path that cannot be written; an older file then stays as it was.
+  """
+
+  def lines() -> Iterator[str]:
+    for qid, scores in run.items():
+      for rank, pid in enumerate(ranked(scores), 1):
+        yield f"{_id(qid, path)} Q0 {_id(pid, path)} {rank} {float(scores[pid])!r} {_id(tag, path)}\n"
+
+  if not any(run.values()):
+    raise UserError(f"{path}: the run is empty: give it at least one query with one passage")
+  replace(path, lines())
+
+
+def read_run(path: str | Path) -> Run:
+  """Reads `qid Q0 pid rank score tag`. The score decides the order; the rank column is not looked at.
+
+  Raises `UserError` with `path:line` for other than six columns, a score that is not a number, a passage
+  given twice to a query or bytes that are not UTF-8; with `path` for a missing or empty file.
+  """
+  return _read(path, "qid Q0 pid rank score tag", value=4, parse=_score)
+
+
+def write_qrels(qrels: Qrels, path: str | Path) -> None:
+  """Writes `qid 0 pid rel`; raises `UserError` as `write_run` does."""
+  if not any(qrels.values()):
+    raise UserError(f"{path}: the qrels are empty: give them at least one query with one passage")
+  rows = ((qid, pid, relevance) for qid, judged in qrels.items() for pid, relevance in judged.items())
+  replace(path, (f"{_id(qid, path)} 0 {_id(pid, path)} {int(relevance)}\n" for qid, pid, relevance in rows))
+
+
+def read_qrels(path: str | Path) -> Qrels:
+  """Reads `qid 0 pid rel`; raises `UserError` as `read_run` does."""
+  return _read(path, "qid 0 pid rel", value=3, parse=_relevance)
+
+
+def replace(path: str | Path, chunks: Iterable[str]) -> None:
+  """Writes a text file under a temporary name beside `path`, then renames it: never a half-written file.
+
+  Raises `UserError` when the operating system refuses; whatever `chunks` raises passes through.
+  """
+  path = Path(path)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+      file.writelines(chunks)
+    os.replace(temporary, path)
+  except OSError as error:
+    raise UserError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from error
+  finally:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+
+
+def _id(text: str, path: str | Path) -> str:
+  if text.split() != [text]:
+    raise UserError(
+      f"{path}: id {text!r} is empty or holds white space, which separates columns here: rename it"
+    )
+  return text
+
+
+def _read(path: str | Path, columns: str, value: int, parse: Callable[[str], T]) -> dict[str, dict[str, T]]:
+  result: dict[str, dict[str, T]] = {}
+  count = len(columns.split())
+  try:
+    with open(path, "rb") as file:
+      for number, line in enumerate(file, 1):
+        try:
+          # The mark that some editors put first would otherwise become part of the first query's id.
+          cells = line.decode("utf-8-sig" if number == 1 else "utf-8").split()
+        except UnicodeDecodeError:
+          raise UserError(f"{path}:{number}: not UTF-8: convert the file, for example with iconv") from None
+        if len(cells) != count:
+          raise UserError(f"{path}:{number}: {len(cells)} columns, expected {count}: {columns}")
+        qid, pid = cells[0], cells[2]
+        try:
+          parsed = parse(cells[value])
+        except ValueError as error:
+          raise UserError(
+            f"{path}:{number}: column {value + 1} is {cells[value]!r}, expected {error}"
+          ) from None
+        passages = result.setdefault(qid, {})
+        if pid in passages:
+          raise UserError(
+            f"{path}:{number}: passage {pid!r} is given twice to query {qid!r}: remove one of them"
+          )
+        passages[pid] = parsed
+  except OSError as error:
+    raise UserError(
+      f"{path}: cannot be read: {error.strerror or error}; give a file of lines {columns}"
+    ) from error
+  if not result:
+    raise UserError(f"{path}:1: the file is empty, expected lines {columns}")
+  return result
+
+
+def _score(cell: str) -> float:
+  try:
+    score = float(cell)
+  except ValueError:
+    score = math.nan
+  if math.isnan(score) or "_" in cell:
+    raise ValueError("a number as the score")
+  return score
+
+
+def _relevance(cell: str) -> int:
+  if not re.fullmatch(r"[+-]?[0-9]+", cell):
+    raise ValueError("a whole number as the relevance")
+  return int(cell)
+
+
+# Measures
+
+
+def metrics(run: Run, qrels: Qrels) -> dict[str, float]:
+  """The mean of each of `MEASURES` over all queries of `qrels`; a query that `run` lacks counts 0."""
+  values = _values(run, qrels, MEASURES)
+  return {measure: sum(values[measure].values()) / len(qrels) for measure in MEASURES}
+
+
+def per_query(run: Run, qrels: Qrels, measure: str) -> dict[str, float]:
+  """One measure of each query of `qrels`, in their order: one of `MEASURES`, or any that `ir_measures` knows."""
+  return _values(run, qrels, (measure,))[measure]
+
+
+def _values(run: Run, qrels: Qrels, names: Iterable[str]) -> dict[str, dict[str, float]]:
+  import ir_measures
+
+  if not qrels:
+    raise UserError("the qrels are empty: there is no query to measure")
+  measures = {}
+  for name in names:
+    try:
+      measures[ir_measures.parse_measure(name)] = name
+    except (ValueError, NameError, SyntaxError) as error:
+      raise UserError(f"measure {name!r} is not known: use for example {', '.join(MEASURES)}") from error
+  # ir_measures joins two programs: one breaks ties by ascending id, the other by descending id, after rounding
+  # scores to single precision. Ranks in place of scores give both the same order, that of the run file.
+  ranks = {
+    qid: {pid: -float(rank) for rank, pid in enumerate(ranked(run[qid]))} for qid in qrels if qid in run
+  }
+  values = {name: dict.fromkeys(qrels, 0.0) for name in measures.values()}
+  for result in ir_measures.iter_calc(list(measures), qrels, ranks):
+    values[measures[result.measure]][result.query_id] = float(result.value)
+  return values
+
+
+def bootstrap(
+  a: dict[str, float], b: dict[str, float], seed: int = 0, samples: int = 10_000
+) -> tuple[float, float, float]:
+  """Mean of a - b over queries with its 95 % interval, (difference, low, high): paired percentile bootstrap.
+
+  Queries are drawn with replacement; both systems are always compared on the same ones. The same seed gives
+  the same interval. Raises `ValueError` unless both hold the same queries, at least one.
+  """
+  import numpy as np
+
+  if not a or a.keys() != b.keys():
+    raise ValueError(f"a paired comparison needs the same queries on both sides, got {len(a)} and {len(b)}")
+  differences = np.array([a[qid] - b[qid] for qid in a])
+  rng = np.random.default_rng(seed)
+  rows = max(1, 4_000_000 // len(differences))  # draws held at once: 32 MB of indices
+  means = [
+    differences[rng.integers(len(differences), size=(min(rows, samples - done), len(differences)))].mean(
+      axis=1
+    )
+    for done in range(0, samples, rows)
+  ]
+  low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+  return float(differences.mean()), float(low), float(high)
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+  """An aligned text table: a row per system, a column per measure, three decimals, `-` for none."""
+  rows = [name for name in SYSTEMS if name in results] + [name for name in results if name not in SYSTEMS]
+  found = [measure for row in rows for measure in results[row]]
+  columns = [name for name in MEASURES if name in found] + [
+    x for x in dict.fromkeys(found) if x not in MEASURES
+  ]
+  cells = [["", *columns]] + [
+    [row, *(f"{results[row][column]:.3f}" if column in results[row] else "-" for column in columns)]
+    for row in rows
+  ]
+  widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
+  return "\n".join(
+    "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
+    for line in cells
+  )
+
+
+# The baseline
+
+_WORD = re.compile(r"\w+")
+# Underscores, and the places where case changes: solverName -> solver Name, HTTPServer -> HTTP Server.
+_JOINT = re.compile(r"_+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+
+
+def words(text: str) -> list[str]:
+  """Lower-case words; `numpy.linalg.lstsqSolver_x` gives numpy linalg lstsq solver x, and lstsqsolver_x.
+
+  MRR@10 of 1,258 docstring summaries over 2,594 bodies: identifiers as they stand 0.530, split 0.601,
+  split and whole 0.612; split, without one-letter words 0.593.
+  """
+  result = []
+  for word in _WORD.findall(text):
+    parts = [part for part in _JOINT.split(word) if part]
+    result += parts if len(parts) <= 1 else [*parts, word]
+  return [word.lower() for word in result]
+
+
+def bm25(passages: list[str], ids: list[str], queries: dict[str, str], depth: int) -> Run:
+  """The `depth` best passages of each query by BM25 (Lucene's form, k1 = 1.5, b = 0.75), English stems.
+
+  Passages that share no word with the query are left out: a list can be shorter than `depth`, or empty.
+  Importing `bm25s` starts JAX's devices: in a multi-host program call `jax.distributed.initialize` first.
+  """
+  if len(passages) != len(ids) or len(set(ids)) != len(ids):
+    raise ValueError(f"{len(passages)} passages need as many different ids, got {len(set(ids))}")
+  if depth < 1:
+    raise ValueError(f"depth={depth}: must be at least 1")
+  import bm25s
+  import Stemmer
+  from bm25s.stopwords import STOPWORDS_EN
+
+  stemmer, stop = Stemmer.Stemmer("english"), frozenset(STOPWORDS_EN)
+  stems = lambda text: stemmer.stemWords([word for word in words(text) if word not in stop])
+  corpus = [stems(passage) for passage in passages]
+  if not any(corpus) or not queries:
+    return {qid: {} for qid in queries}
+  index = bm25s.BM25(k1=1.5, b=0.75, method="lucene", backend="numpy")
+  index.index(corpus, show_progress=False)
+  rows, scores = index.retrieve(
+    [stems(query) for query in queries.values()],
+    k=min(depth, len(ids)),
+    show_progress=False,
+    backend_selection="numpy",  # the default takes jax.lax.top_k, and with it the accelerator
+  )
+  return {
+    qid: {ids[i]: float(score) for i, score in zip(row, line) if score > 0}
+    for qid, row, line in zip(queries, rows, scores)
+  }

@@ -1,0 +1,94 @@
+"""The loss terms, one short function each, on score matrices alone; named, then weighted once.
+
+Every KL is formed from log-probabilities on both sides, in float32; its teacher side stands under `stop_gradient`
+here, where it is formed. Terms are means over the queries of the global batch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from ernie_jax import config
+from ernie_jax.scores import Scores
+
+if TYPE_CHECKING:
+  from jaxtyping import Array, Bool, Float
+
+
+def nll(scores: Float[Array, "b c"]) -> Float[Array, "b"]:
+  """-log p(positive), the positive at index 0 (METHOD: nll_ce, nll_li, nll_de)."""
+  return jax.nn.logsumexp(scores, axis=-1) - scores[:, 0]
+
+
+def divergence(p: Float[Array, "*n c"], q: Float[Array, "*n c"]) -> Float[Array, "*n"]:
+  """KL(p || q) of log-probabilities; candidates that are -inf in p count 0."""
+  there = p > -jnp.inf
+  return jnp.sum(jnp.where(there, jnp.exp(p) * (jnp.where(there, p, 0) - jnp.where(there, q, 0)), 0), axis=-1)
+
+
+def kl(teacher: Float[Array, "*n c"], student: Float[Array, "*n c"]) -> Float[Array, "*n"]:
+  """KL(softmax teacher || softmax student); no gradient reaches the teacher (METHOD: kl_ce_li, kl_li_de, kl_ce_de)."""
+  teacher = jax.nn.log_softmax(jax.lax.stop_gradient(teacher), axis=-1)
+  return divergence(teacher, jax.nn.log_softmax(student, axis=-1))
+
+
+def symmetric_kl(a: Float[Array, "*n c"], b: Float[Array, "*n c"]) -> Float[Array, "*n"]:
+  """(KL(a || b) + KL(b || a)) / 2 of scores, with gradient on both sides (METHOD: DualReg)."""
+  a, b = jax.nn.log_softmax(a, axis=-1), jax.nn.log_softmax(b, axis=-1)
+  return (divergence(a, b) + divergence(b, a)) / 2
+
+
+def attention_kl(
+  attention: Float[Array, "b k lq lp"],
+  matches: Float[Array, "b k lq lp"],
+  query_content: Bool[Array, "b lq"],
+  passage_content: Bool[Array, "b k lp"],
+  temperature: float,
+) -> Float[Array, "b"]:
+  """Mean over real query tokens and own passages of KL(cross-encoder's attention || late interaction's matches).
+
+  Both are distributions over the passage's real tokens; special tokens are left out and the rest renormalised.
+  A query or passage without any real token adds 0.
+  """
+  seen = passage_content[:, :, None, :]
+  teacher = jnp.where(seen, jnp.log(jnp.maximum(attention, jnp.finfo(jnp.float32).tiny)), -jnp.inf)
+  student = jnp.where(seen, matches / temperature, -jnp.inf)
+  real = query_content[:, None, :] & passage_content.any(-1)[:, :, None]  # [B, K, Lq]
+  rows = real[..., None]
+  each = kl(jnp.where(rows, teacher, 0), jnp.where(rows, student, 0))
+  count = jnp.maximum(real.sum((1, 2)), 1)
+  return jnp.where(real, each, 0).sum((1, 2)) / count
+
+
+def terms(scores: Scores, train: config.Train) -> dict[str, Float[Array, ""]]:
+  """Every term of weight above 0, unweighted."""
+  weights, t = train.weights, train.temperature
+  over = lambda x, temperature: None if x is None else x / temperature
+  cross = over(scores.cross, t.cross)
+  dual, late = over(scores.dual, t.dual), over(scores.late, t.late)
+  dual_pool, late_pool = over(scores.dual_pool, t.dual), over(scores.late_pool, t.late)
+  # Both sides of kl_li_de range over late interaction's candidates.
+  late_all, dual_all = (late_pool, dual_pool) if train.late_pool == "global" else (late, dual)
+  twins = None if scores.twins is None else [over(s, t.dual) for s in scores.twins]
+  each = {
+    "nll_ce": lambda: nll(cross),
+    "nll_li": lambda: nll(late_all),
+    "nll_de": lambda: nll(dual_pool if train.dual_pool == "global" else dual),
+    "kl_ce_li": lambda: kl(cross, late),
+    "kl_li_de": lambda: kl(late_all, dual_all),
+    "kl_ce_de": lambda: kl(cross, dual),
+    "kl_attention": lambda: attention_kl(
+      scores.attention, scores.matches, scores.query_content, scores.passage_content, t.attention
+    ),
+    "dualreg_query": lambda: symmetric_kl(*twins),
+    "dualreg_passage": lambda: symmetric_kl(*(s.T for s in twins)),
+  }
+  return {name: term().mean() for name, term in each.items() if name in weights.active}
+
+
+def total(terms: dict[str, Float[Array, ""]], weights: config.Weights) -> Float[Array, ""]:
+  """The weighted sum: the loss."""
+  return sum((getattr(weights, name) * value for name, value in terms.items()), start=jnp.zeros(()))

@@ -1,0 +1,131 @@
+"""State, optimizer and the one training step: pure, no input or output, one jitted program for CPU, GPU and pod."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from ernie_jax import config, losses, scores
+
+if TYPE_CHECKING:
+  from jaxtyping import Array, Float, Int, Key
+
+
+@struct.dataclass
+class State:
+  """Everything that a step changes."""
+
+  step: Int[Array, ""]
+  params: scores.Params
+  optimizer: optax.OptState
+
+
+def init_params(
+  model: config.Model, student: config.Architecture, teacher: config.Architecture, key: Key[Array, ""]
+) -> scores.Params:
+  """Random parameters of both; the teacher's architecture is the student's when they share the encoder."""
+  keys = jax.random.split(key)
+  return {
+    "student": scores.Student(student, model, keys[0]),
+    "teacher": scores.Teacher(student if model.share_encoder else teacher, model, keys[1]),
+  }
+
+
+def names(tree: Any) -> Any:
+  """The tree with each leaf replaced by its name, such as `student.encoder.layers.query.kernel`."""
+
+  def name(path, _):
+    parts = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", "")))) for p in path]
+    return ".".join(part for part in parts if part != "value")
+
+  return jax.tree_util.tree_map_with_path(name, tree)
+
+
+def group(name: str, model: config.Model, weights: config.Weights) -> str:
+  """Which learning rate a parameter has in this stage: `body`, `head` (no checkpoint brings it) or `frozen`."""
+  teaching = weights.nll_ce > 0  # the KL terms send no gradient to the cross-encoder
+  if name.startswith("teacher."):
+    return "frozen" if not teaching else "head" if name.startswith("teacher.head.") else "body"
+  if name.startswith("student.projection."):
+    return "head" if weights.needs_late else "frozen"
+  shared = model.share_encoder and name.startswith("student.encoder.")
+  return "body" if weights.needs_student or (shared and teaching) else "frozen"
+
+
+def decays(name: str) -> bool:
+  """Weight decay leaves out norms and biases."""
+  return not name.endswith(".bias") and "norm" not in name
+
+
+def schedule(peak: float, train: config.Train) -> optax.Schedule:
+  """Linear from 0 to the peak over the first share of the steps, then linear to 0 at the end."""
+  warm = round(train.optimizer.warmup * train.steps)
+  return optax.join_schedules(
+    [optax.linear_schedule(0.0 if warm else peak, peak, warm), optax.linear_schedule(peak, 0.0, train.steps - warm)],
+    [warm],
+  )
+
+
+def make_optimizer(model: config.Model, train: config.Train) -> optax.GradientTransformation:
+  """AdamW with clipping by the global norm; frozen parameters keep no moments."""
+  o = train.optimizer
+  adamw = lambda peak: optax.adamw(
+    schedule(peak, train),
+    weight_decay=o.weight_decay,
+    mask=lambda tree: jax.tree.map(decays, names(tree)),
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(o.clip),
+    optax.partition(
+      {
+        "body": adamw(o.learning_rate),
+        "head": adamw(o.learning_rate if o.head_learning_rate is None else o.head_learning_rate),
+        "frozen": optax.set_to_zero(),
+      },
+      lambda tree: jax.tree.map(lambda name: group(name, model, train.weights), names(tree)),
+    ),
+  )
+
+
+def init_state(params: scores.Params, model: config.Model, train: config.Train) -> State:
+  """The state at the start of a stage: given parameters, fresh optimizer."""
+  return State(jnp.zeros((), jnp.int32), params, make_optimizer(model, train).init(params))
+
+
+def loss(
+  params: scores.Params, batch: scores.Batch, model: config.Model, train: config.Train, key: Key[Array, ""] | None
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+  """The weighted sum and the unweighted terms of one batch."""
+  terms = losses.terms(scores.score(params, batch, model, train, key), train)
+  return losses.total(terms, train.weights), terms
+
+
+def make_train_step(
+  model: config.Model, train: config.Train
+) -> Callable[[State, scores.Batch, Key[Array, ""]], tuple[State, dict[str, Float[Array, ""]]]]:
+  """The jitted step (state, batch, key) -> (state, logs); the given state is donated.
+
+  `key` stays the same over a stage: the step folds in its own number, so a restored state continues the same noise.
+  Logs hold every term, `total`, `gradient_norm` (before clipping) and `learning_rate`.
+  """
+  optimizer = make_optimizer(model, train)
+  rate = schedule(train.optimizer.learning_rate, train)
+
+  def train_step(state, batch, key):
+    key = jax.random.fold_in(key, state.step)
+    objective = lambda params: loss(params, batch, model, train, key)
+    (value, terms), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+    updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+    logs = terms | {
+      "total": value,
+      "gradient_norm": optax.global_norm(gradient),
+      "learning_rate": jnp.asarray(rate(state.step)),
+    }
+    return State(state.step + 1, optax.apply_updates(state.params, updates), moments), logs
+
+  return jax.jit(train_step, donate_argnums=0)
