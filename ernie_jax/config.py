@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -19,6 +21,16 @@ def check(condition: bool, field: str, value: Any, remedy: str) -> None:
   """Raises a `UserError` that names field, value and remedy unless `condition` holds."""
   if not condition:
     raise UserError(f"{field}={value!r}: {remedy}")
+
+
+def write(path: Path, content: str | bytes) -> None:
+  """Writes a whole file or none: to a temporary name in the same folder, then renamed."""
+  temporary = path.with_name(f"{path.name}.writing-{os.getpid()}")
+  try:
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,9 +243,10 @@ class Evaluate:
   late_depth: int = 100
   cross_depth: int = 100
   teacher_depth: int = 20  # of the check on dev that the teacher out-ranks the student before the cascade
+  teacher_queries: int = 200  # dev queries of that check
 
   def __post_init__(self):
-    for field in ("late_depth", "cross_depth", "teacher_depth"):
+    for field in ("late_depth", "cross_depth", "teacher_depth", "teacher_queries"):
       check(getattr(self, field) >= 1, f"evaluate.{field}", getattr(self, field), "must be at least 1")
 
 

@@ -160,7 +160,7 @@ def metrics(run: Run, qrels: Qrels) -> dict[str, float]:
 
 
 def per_query(run: Run, qrels: Qrels, measure: str) -> dict[str, float]:
-  """One measure of each query of `qrels`, in their order: one of `MEASURES`, or any that `ir_measures` knows."""
+  """One measure of each query of `qrels`, in their order: any that `ir_measures` knows by name."""
   return _values(run, qrels, (measure,))[measure]
 
 
@@ -175,7 +175,7 @@ def _values(run: Run, qrels: Qrels, names: Iterable[str]) -> dict[str, dict[str,
       measures[ir_measures.parse_measure(name)] = name
     except (ValueError, NameError, SyntaxError) as error:
       raise UserError(f"measure {name!r} is not known: use for example {', '.join(MEASURES)}") from error
-  # ir_measures joins two programs: one breaks ties by ascending id, the other by descending id, after rounding
+  # ir_measures joins two programs: one breaks ties by ascending id, the other by descending id after rounding
   # scores to single precision. Ranks in place of scores give both the same order, that of the run file.
   ranks = {
     qid: {pid: -float(rank) for rank, pid in enumerate(ranked(run[qid]))} for qid in qrels if qid in run
@@ -201,23 +201,17 @@ def bootstrap(
   differences = np.array([a[qid] - b[qid] for qid in a])
   rng = np.random.default_rng(seed)
   rows = max(1, 4_000_000 // len(differences))  # draws held at once: 32 MB of indices
-  means = [
-    differences[rng.integers(len(differences), size=(min(rows, samples - done), len(differences)))].mean(
-      axis=1
-    )
-    for done in range(0, samples, rows)
-  ]
+  draw = lambda count: differences[rng.integers(len(differences), size=(count, len(differences)))]
+  means = [draw(min(rows, samples - done)).mean(axis=1) for done in range(0, samples, rows)]
   low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
   return float(differences.mean()), float(low), float(high)
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
   """An aligned text table: a row per system, a column per measure, three decimals, `-` for none."""
-  rows = [name for name in SYSTEMS if name in results] + [name for name in results if name not in SYSTEMS]
+  rows = list(dict.fromkeys([name for name in SYSTEMS if name in results] + list(results)))
   found = [measure for row in rows for measure in results[row]]
-  columns = [name for name in MEASURES if name in found] + [
-    x for x in dict.fromkeys(found) if x not in MEASURES
-  ]
+  columns = list(dict.fromkeys([name for name in MEASURES if name in found] + found))
   cells = [["", *columns]] + [
     [row, *(f"{results[row][column]:.3f}" if column in results[row] else "-" for column in columns)]
     for row in rows

@@ -25,6 +25,11 @@ def shard(tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), tree)
 
 
+def whole(tree: Any, mesh: Mesh) -> Any:
+  """The tree's arrays, complete on every device: how parameters are held."""
+  return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
 def replicate(x: jax.Array) -> jax.Array:
   """Every device's rows on every device: the one gather of the forward pass. Without a mesh, `x` itself."""
   return x if jax.sharding.get_abstract_mesh().empty else jax.sharding.reshard(x, P())

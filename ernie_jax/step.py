@@ -41,7 +41,7 @@ def names(tree: Any) -> Any:
 
   def name(path, _):
     parts = [str(getattr(p, "key", getattr(p, "name", getattr(p, "idx", "")))) for p in path]
-    return ".".join(part for part in parts if part != "value")
+    return ".".join(parts).removesuffix(".value")  # an nnx.Variable holds its array there
 
   return jax.tree_util.tree_map_with_path(name, tree)
 
@@ -63,12 +63,14 @@ def decays(name: str) -> bool:
 
 
 def schedule(peak: float, train: config.Train) -> optax.Schedule:
-  """Linear from 0 to the peak over the first share of the steps, then linear to 0 at the end."""
+  """Linear up to the peak over the first share of the steps, then linear down; no step has a rate of 0."""
   warm = round(train.optimizer.warmup * train.steps)
-  return optax.join_schedules(
-    [optax.linear_schedule(0.0 if warm else peak, peak, warm), optax.linear_schedule(peak, 0.0, train.steps - warm)],
-    [warm],
-  )
+
+  def rate(n):
+    up, down = (n + 1) / max(warm, 1), (train.steps - n) / max(train.steps - warm, 1)
+    return peak * jnp.clip(jnp.minimum(up, down), 0.0, 1.0)
+
+  return rate
 
 
 def make_optimizer(model: config.Model, train: config.Train) -> optax.GradientTransformation:

@@ -1,0 +1,143 @@
+"""The command line: `ernie-jax VERB ...`, the same as `python -m ernie_jax VERB ...`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+import runpy
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from ernie_jax.config import Config, UserError
+
+T = TypeVar("T")
+
+USAGE = """usage: ernie-jax VERB ...
+
+  run CONFIG --output DIR [--fresh] [--seed 1] [--cascade.steps 200] ...
+      the whole strategy: train, mine, distil, evaluate, report; the same command continues after an interruption
+  search DIR ["a query"] [--k 10]
+      search the corpus of a finished run; without a query, a prompt
+
+`ernie-jax VERB --help` lists the flags; every field of a configuration is one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """Runs the whole strategy in a folder, or continues it there."""
+
+  output: Path  # the run's folder
+  config: tyro.conf.OmitArgPrefixes[Config]
+  fresh: bool = False  # delete what the folder holds of an earlier run, and start anew
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """Searches the corpus of a finished run with its dual-encoder."""
+
+  run: Annotated[Path, tyro.conf.Positional]  # the run's folder
+  query: Annotated[str | None, tyro.conf.Positional] = None  # without one: a prompt
+  k: int = 10  # passages to show
+
+
+def parse(kind: type[T], verb: str, args: Sequence[str], default: T | None = None) -> T:
+  """Typed flags over a default; a wrong flag becomes one line."""
+  import tyro
+
+  errors = io.StringIO()
+  try:
+    with contextlib.redirect_stderr(errors):
+      return tyro.cli(kind, args=list(args), default=default, prog=f"ernie-jax {verb}")
+  except SystemExit as end:
+    if not end.code:
+      raise
+    words = re.sub(r"[^\x20-\x7e]+", " ", errors.getvalue()).replace("Parsing error", "")
+    words = re.split(r"-{10,}|For full helptext", " ".join(words.split()))[0].strip()
+    raise UserError(f"{words}; `ernie-jax {verb} --help` lists all flags") from None
+
+
+def load_config(path: str) -> Config:
+  """The `config` of a configuration file."""
+  if not Path(path).is_file():
+    raise UserError(f"{path}: no such configuration file; try configs/quickstart.py")
+  try:
+    found = runpy.run_path(path).get("config")
+  except UserError as error:
+    raise UserError(f"{path}: {error}") from error
+  except Exception as error:  # whatever a Python file can raise
+    raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+  if not isinstance(found, Config):
+    raise UserError(f"{path}: defines no `config = Config(...)`")
+  return found
+
+
+def run(args: Sequence[str]) -> None:
+  named = bool(args) and not args[0].startswith("-")
+  if not named and "--help" not in args and "-h" not in args:
+    raise UserError("run: name a configuration file first, such as `ernie-jax run configs/quickstart.py`")
+  settings = load_config(args[0]) if named else Config()
+  output = Path("runs") / (Path(args[0]).stem if named else "NAME")
+  chosen = parse(Run, "run CONFIG", args[named:], Run(output, settings))
+  from ernie_jax import evaluate, recipe
+
+  results = recipe.run(chosen.config, chosen.output, chosen.fresh)
+  print(evaluate.table({name: results[name] for name in evaluate.SYSTEMS}))
+  print(f"{chosen.output}: metrics.json, report.html, runs/, model/")
+  print(f'next: ernie-jax search {chosen.output} "how do I pad an array with zeros"')
+
+
+def search(args: Sequence[str]) -> None:
+  chosen = parse(Search, "search", args)
+  if chosen.k < 1:
+    raise UserError(f"--k {chosen.k}: must be at least 1")
+  from ernie_jax import recipe
+
+  searcher = recipe.Searcher(chosen.run)
+  if chosen.query is not None:
+    show(searcher(chosen.query, chosen.k))
+    return
+  print(f"{len(searcher.corpus)} passages; an empty line ends")
+  with contextlib.suppress(EOFError):
+    while query := input("query> ").strip():
+      show(searcher(query, chosen.k))
+
+
+def show(results: list[tuple[float, dict[str, str]]]) -> None:
+  for rank, (score, passage) in enumerate(results, 1):
+    snippet = textwrap.shorten(passage["text"], 160, placeholder=" ...")
+    print(f"{rank:3d}  {score:6.3f}  {passage['title']}\n             {snippet}")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+  """Runs a verb; 0 when it is done, 2 after a mistake of the user's, 130 after Ctrl-C."""
+  args = sys.argv[1:] if args is None else args
+  verbs = {"run": run, "search": search}
+  if not args or args[0] in ("-h", "--help"):
+    print(USAGE)
+    return 0 if args else 2
+  try:
+    if args[0] not in verbs:
+      raise UserError(f"unknown verb {args[0]!r}; known are {', '.join(verbs)}")
+    verbs[args[0]](args[1:])
+  except UserError as error:
+    print(f"ernie-jax: {error}", file=sys.stderr)
+    return 2
+  except OSError as error:
+    print(f"ernie-jax: {error.filename or ''}: {error.strerror or error}; check the path and its disk", file=sys.stderr)
+    return 2
+  except KeyboardInterrupt as error:
+    note = f"{error}; " if str(error) else ""
+    print(f"\nernie-jax: {note}interrupted; the same command continues", file=sys.stderr)
+    return 130
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,496 @@
+"""The training strategy from end to end, as stages (METHOD: training strategy).
+
+  prepare -> baselines -> interaction -> mine -> warmup -> check -> cascade -> encode -> evaluate
+
+Each stage owns a folder of the run and ends by writing `manifest.json` there; a stage that has one is done, and its
+result is read back. So the same command, given again, continues where it was stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ernie_jax import (
+  batches,
+  checkpoints,
+  config,
+  datasets,
+  evaluate,
+  mesh,
+  pretrained,
+  report,
+  retrieval,
+  step,
+  tokens,
+)
+from ernie_jax.config import Config, UserError
+from ernie_jax.progress import clock, say
+from ernie_jax.scores import Params, Student, Teacher
+from ernie_jax.train import finished, train
+
+TRAINED = ("interaction", "warmup", "cascade")  # the training stages, in order
+DEPTH = 100  # of the dual-encoder's run files
+
+
+@dataclasses.dataclass
+class Run:
+  """What the stages share. Row numbers count passages, and queries of each split, as the data set does."""
+
+  directory: Path
+  config: Config
+  data: datasets.Dataset
+  tokenizer: tokens.Tokenizer
+  passages: tokens.Store
+  queries: dict[str, tokens.Store]  # by split
+  identity: np.ndarray
+  params: Params
+
+  def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Does the work of a stage in its folder unless it is done; its result, with the seconds it took."""
+    return once(self.directory / name, work)
+
+  def encode(self, params: Params, store: tokens.Store, what: str, *, late: bool) -> retrieval.Encoded:
+    """Passages, or queries (`what` says which), with the given student."""
+    query = what != "passages"
+    longest = self.config.data.query_length if query else self.config.data.passage_length
+    return retrieval.encode(
+      params["student"],
+      self.config.model,
+      store,
+      self.tokenizer,
+      longest,
+      query=query,
+      late=late,
+      label=f"encode {what}",
+    )
+
+  def as_run(self, split: str, values: np.ndarray, found: np.ndarray) -> evaluate.Run:
+    """Scores and passage rows [Q, k] with their ids."""
+    ids = self.data.corpus.ids
+    return {
+      query: {ids[row]: float(score) for row, score in zip(rows, scores)}
+      for query, rows, scores in zip(self.data.queries[split].ids, found, values)
+    }
+
+  def measure(self, name: str, split: str, values: np.ndarray, found: np.ndarray) -> dict[str, float]:
+    """Writes the ranking to `runs/` and measures it over all queries of the split."""
+    run = self.as_run(split, values, found)
+    evaluate.write_run(run, folder(self.directory / "runs") / f"{split}.{name}.trec", name)
+    return evaluate.metrics(run, self.data.qrels(split))
+
+
+def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any]:
+  """Runs, or continues, the whole strategy in `directory`; returns what `metrics.json` holds."""
+  start = time.monotonic()
+  claim(directory, settings, fresh)
+  with jax.set_mesh(mesh.make()):
+    current = prepare(directory, settings)
+    stages = {"prepare": read(directory / "prepare" / "manifest.json")}
+    stages["baselines"] = current.stage("baselines", lambda folder: baselines(current))
+    interaction = fit(current, "interaction", current.params, None)
+    stages["mine"] = current.stage("mine", lambda folder: mine(current, interaction, folder))
+    negatives = mined(current)
+    warm = fit(current, "warmup", interaction, negatives)
+    stages["check"] = current.stage("check", lambda folder: check_teacher(current, warm))
+    cascade = fit(current, "cascade", warm, negatives)
+    stages["encode"] = current.stage("encode", lambda folder: encode(current, cascade, folder))
+    students = {"interaction": interaction, "cascade": cascade}
+    best = max(("interaction", "cascade"), key=lambda name: stages[encoded_in(name)]["dev"]["MRR@10"])
+    stages["evaluate"] = current.stage("evaluate", lambda folder: measure(current, students, best))
+  stages |= {name: read(directory / name / "manifest.json") for name in TRAINED}
+  results = {k: v for k, v in stages["evaluate"].items() if k != "seconds"}
+  manifest = {
+    "config": dataclasses.asdict(settings),
+    "seed": settings.seed,
+    "data": stages["prepare"]["data"],
+    "start": stages["prepare"]["start"],
+    "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+    "stages": stages,
+    "best_stage": best,
+    "teacher_check": {k: v for k, v in stages["check"].items() if k != "seconds"},
+  }
+  config.write(directory / "manifest.json", json.dumps(manifest, indent=2))
+  config.write(directory / "metrics.json", json.dumps(results, indent=2))
+  page = report.write_report(directory)
+  say(f"done in {clock(time.monotonic() - start)}: {page}")
+  return results
+
+
+def claim(directory: Path, settings: Config, fresh: bool) -> None:
+  """Makes the folder a run of this configuration, or checks that it is one."""
+  path = directory / "config.json"
+  wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
+  if directory.exists() and not directory.is_dir():
+    raise UserError(f"--output {directory}: is a file; name a folder")
+  if fresh and path.is_file():
+    shutil.rmtree(directory)
+  if not path.is_file():
+    if directory.is_dir() and any(directory.iterdir()):
+      raise UserError(f"--output {directory}: holds files but no run; name an empty or a new folder")
+    config.write(folder(directory) / "config.json", json.dumps(wanted, indent=2))
+    return
+  found = read(path)
+  if found != wanted:
+    old, new = flat(found), flat(wanted)
+    field = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
+    raise UserError(
+      f"--output {directory}: holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
+      "name another folder, or add --fresh to start anew"
+    )
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} -> {"a.b": 1}"""
+  pairs: dict[str, Any] = {}
+  for name, value in tree.items():
+    pairs |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return pairs
+
+
+def folder(path: Path) -> Path:
+  """The folder, made if need be."""
+  path.mkdir(parents=True, exist_ok=True)
+  return path
+
+
+def read(path: Path) -> dict[str, Any]:
+  """A JSON file of the run."""
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f"{path}: damaged ({error}); delete its folder, and the run makes it again") from error
+
+
+def once(directory: Path, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+  """The stage's manifest: from an earlier run, or made by doing the work."""
+  done = directory / "manifest.json"
+  if done.is_file():
+    say(f"{directory.name}: done before")
+    return read(done)
+  say(f"{directory.name}")
+  start = time.monotonic()
+  result = work(folder(directory))
+  result = {**result, "seconds": round(time.monotonic() - start, 1)}
+  config.write(done, json.dumps(result, indent=2))
+  return result
+
+
+# ---- Stages --------------------------------------------------------------------------------------------------------
+
+
+def prepare(directory: Path, settings: Config) -> Run:
+  """Data set, tokenizer, token stores, and the parameters to start from."""
+  cache = Path(settings.data.cache).expanduser()
+  place = folder(directory / "prepare")
+  begin = time.monotonic()
+  say("prepare")
+  data = datasets.load(settings.data)
+  for split in ("train", "dev", "test"):
+    if not data.queries[split].ids:
+      raise UserError(f"data.name={settings.data.name!r}: no {split} queries; add packages or use a larger data set")
+  known = place / "manifest.json"
+  if known.is_file() and (before := read(known)["data"]["fingerprint"]) != data.fingerprint:
+    raise UserError(
+      f"{directory}: the data set changed since this run began ({before} -> {data.fingerprint}); use --fresh"
+    )
+  student = start(settings.model.start, cache)
+  teacher = start(settings.model.teacher_start, cache) if settings.model.teacher_start else student
+  passages = data.corpus.passages
+  if student is not None:
+    tokenizer = tokens.Tokenizer.load(student.directory)
+  elif (place / "tokenizer").is_dir():
+    tokenizer = tokens.Tokenizer.load(place / "tokenizer")
+  else:
+    tokenizer = tokens.Tokenizer.train(passages, settings.model.scratch.vocabulary)
+  tokenizer.save(place / "tokenizer")
+  architectures = [architecture(settings, checkpoint, tokenizer) for checkpoint in (student, teacher)]
+  devices = mesh.make()
+  params = step.init_params(settings.model, *architectures, jax.random.key(settings.seed))
+  params = mesh.whole(pretrained.assign(params, student, teacher), devices)
+  store = lambda name, texts: tokens.build(place / name, texts, tokenizer)
+  current = Run(
+    directory,
+    settings,
+    data,
+    tokenizer,
+    store("passages", passages),
+    {split: store(f"queries-{split}", q.texts) for split, q in data.queries.items()},
+    batches.identities(passages),
+    params,
+  )
+  if not known.is_file():
+    rows = zip(data.corpus.ids, data.corpus.titles, data.corpus.texts)
+    lines = (json.dumps({"id": i, "title": title, "text": text}) for i, title, text in rows)
+    config.write(place / "corpus.jsonl", "".join(line + "\n" for line in lines))
+    for split in data.queries:
+      evaluate.write_qrels(data.qrels(split), place / f"qrels.{split}.trec")
+    sizes = {split: len(q.ids) for split, q in data.queries.items()}
+    result = {
+      "data": {"fingerprint": data.fingerprint, "passages": len(passages), "queries": sizes},
+      "start": "random weights" if student is None else student.source,
+      "seconds": round(time.monotonic() - begin, 1),
+    }
+    config.write(known, json.dumps(result, indent=2))
+  say(f"  {len(passages)} passages, {len(data.queries['train'].ids)} training queries, from {read(known)['start']}")
+  return current
+
+
+def start(name: str, cache: Path) -> pretrained.Checkpoint | None:
+  """The checkpoint to start from; None for a start from scratch."""
+  if not name:
+    return None
+  try:
+    return pretrained.load(*pretrained.locate(name, cache))
+  except pretrained.Unreachable as error:
+    say(f"  {error}: starting from random weights, with a vocabulary built from the corpus; expect far lower quality")
+    return None
+
+
+def architecture(
+  settings: Config, checkpoint: pretrained.Checkpoint | None, tokenizer: tokens.Tokenizer
+) -> config.Architecture:
+  """Shape of an encoder with the tokenizer's vocabulary and special tokens, checked against the configuration."""
+  if checkpoint is None:
+    a = dataclasses.replace(settings.model.scratch, vocabulary=len(tokenizer), special=tokenizer.special)
+  else:
+    a = dataclasses.replace(checkpoint.architecture, special=tokenizer.special)
+    if len(tokenizer) > a.vocabulary:
+      raise UserError(
+        f"{checkpoint.directory}: the tokenizer has {len(tokenizer)} entries, the weights {a.vocabulary}; they differ"
+      )
+  if settings.data.pair_length > a.positions:
+    raise UserError(
+      f"data.passage_length={settings.data.passage_length}: with the query a pair has {settings.data.pair_length} "
+      f"tokens, the encoder has {a.positions} positions; shorten it"
+    )
+  rate = settings.model.dropout if settings.model.dropout is not None else max(a.dropout, a.attention_dropout)
+  for name in TRAINED:
+    if rate == 0 and getattr(settings, name).weights.needs_twin:
+      raise UserError(f"{name}.weights.dualreg_query: without dropout DualReg is 0; set its weights to 0")
+  return a
+
+
+def baselines(current: Run) -> dict[str, Any]:
+  """BM25 and the model before training, on the test split."""
+  test = current.data.queries["test"]
+  ids = current.data.corpus.ids
+  bm25 = evaluate.bm25(current.data.corpus.passages, ids, dict(zip(test.ids, test.texts)), DEPTH)
+  evaluate.write_run(bm25, folder(current.directory / "runs") / "test.bm25.trec", "bm25")
+  passages = current.encode(current.params, current.passages, "passages", late=False)
+  queries = current.encode(current.params, current.queries["test"], "test queries", late=False)
+  found = retrieval.top_k(queries.vectors, passages.vectors, DEPTH)
+  return {
+    "bm25": evaluate.metrics(bm25, current.data.qrels("test")),
+    "zero_shot": current.measure("zero_shot", "test", *found),
+  }
+
+
+def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | None) -> Params:
+  """Trains a stage from the given parameters, or reads its result back."""
+  stage: config.Train = getattr(current.config, name)
+  place = current.directory / name
+  if (place / "manifest.json").is_file():
+    say(f"{name}: done before")
+    return finished(place, params, current.config.model, stage)
+  trained: list[Params] = []
+
+  def work(place: Path) -> dict[str, Any]:
+    texts = batches.Texts(
+      current.queries["train"],
+      current.passages,
+      current.identity,
+      positives(current, "train"),
+      [np.zeros(0, int)] * len(current.queries["train"]) if negatives is None else negatives,
+      current.tokenizer,
+    )
+    seed = 1000 * TRAINED.index(name) + current.config.seed
+    trained.append(train(place, params, texts, current.config.model, current.config.data, stage, seed))
+    return {"steps": stage.steps, "batch": stage.batch, "negatives": stage.negatives}
+
+  current.stage(name, work)
+  return trained[0]
+
+
+def positives(current: Run, split: str) -> list[np.ndarray]:
+  """Passage rows of each query's known positives."""
+  row = {name: i for i, name in enumerate(current.data.corpus.ids)}
+  return [np.array([row[name] for name in own], int) for own in current.data.queries[split].positives]
+
+
+def encode_corpus(current: Run, params: Params, place: Path) -> tuple[retrieval.Encoded, dict[str, float]]:
+  """Vectors and token vectors of the corpus, kept in the stage's folder; the dual-encoder's metrics on dev."""
+  passages = current.encode(params, current.passages, "passages", late=True)
+  for name, x in dataclasses.asdict(passages).items():
+    np.save(place / f"{name}.npy", x)
+  queries = current.encode(params, current.queries["dev"], "dev queries", late=False)
+  found = retrieval.top_k(queries.vectors, passages.vectors, DEPTH)
+  return passages, current.measure(f"dual.{place.name}", "dev", *found)
+
+
+def encoded(place: Path) -> retrieval.Encoded:
+  """What `encode_corpus` kept."""
+  return retrieval.Encoded(**{f.name: load(place / f"{f.name}.npy") for f in dataclasses.fields(retrieval.Encoded)})
+
+
+def load(path: Path) -> np.ndarray:
+  """An array of the run."""
+  try:
+    return np.load(path)
+  except (OSError, ValueError, EOFError) as error:
+    raise UserError(f"{path}: missing or damaged; delete {path.parent}, and the run makes it again") from error
+
+
+def encoded_in(name: str) -> str:
+  """The stage that encodes the corpus with the student of a training stage."""
+  return {"interaction": "mine", "cascade": "encode"}[name]
+
+
+def mine(current: Run, params: Params, place: Path) -> dict[str, Any]:
+  """Hard negatives of the training queries from the interaction-distilled student, as a TREC run."""
+  passages, dev = encode_corpus(current, params, place)
+  queries = current.encode(params, current.queries["train"], "training queries", late=False)
+  rows, values = retrieval.mine(
+    queries.vectors, passages.vectors, positives(current, "train"), current.identity, current.config.mine
+  )
+  evaluate.write_run(current.as_run("train", values, rows), place / "negatives.trec", "mined")
+  return {"dev": dev, "negatives_per_query": float(np.mean([len(r) for r in rows]))}
+
+
+def mined(current: Run) -> list[np.ndarray]:
+  """Passage rows of each training query's hard negatives, best first, from the run file."""
+  run = evaluate.read_run(current.directory / "mine" / "negatives.trec")
+  row = {name: i for i, name in enumerate(current.data.corpus.ids)}
+  ranked = (evaluate.ranked(run.get(query, {})) for query in current.data.queries["train"].ids)
+  return [np.array([row[name] for name in names], int) for names in ranked]
+
+
+def check_teacher(current: Run, params: Params) -> dict[str, Any]:
+  """The teacher as a re-ranker of the student's top passages on dev: is it the better ranker of the two?"""
+  e = current.config.evaluate
+  store = current.queries["dev"]
+  some = np.arange(min(e.teacher_queries, len(store)))
+  vectors = load(current.directory / "mine" / "vectors.npy")
+  queries = current.encode(params, store, "dev queries", late=False)
+  values, found = retrieval.top_k(queries.vectors[some], vectors, e.teacher_depth)
+  teacher = retrieval.rerank_cross(params, store, current.passages, found, current.tokenizer, current.config.data)
+  qrels = {name: current.data.qrels("dev")[name] for name in current.data.queries["dev"].ids[: len(some)]}
+  scores = {
+    "student": evaluate.metrics(current.as_run("dev", values, found), qrels),
+    "teacher": evaluate.metrics(current.as_run("dev", *retrieval.reorder(found, teacher)), qrels),
+  }
+  student, taught = (scores[name]["MRR@10"] for name in ("student", "teacher"))
+  warning = None
+  if taught < student:
+    warning = (
+      f"the teacher ranks worse than its student (MRR@10 {taught:.3f} < {student:.3f} on {len(some)} dev queries, "
+      f"top {e.teacher_depth}): it may hold the student back; give warmup.steps more, or start from a stronger "
+      "cross-encoder (model.teacher_start)"
+    )
+    say(f"  warning: {warning}")
+  else:
+    say(f"  the teacher ranks better than its student: MRR@10 {taught:.3f} against {student:.3f}")
+  return {"depth": e.teacher_depth, "queries": len(some), **scores, "warning": warning}
+
+
+def encode(current: Run, params: Params, place: Path) -> dict[str, Any]:
+  """The corpus with the cascade's student."""
+  return {"dev": encode_corpus(current, params, place)[1]}
+
+
+def measure(current: Run, students: dict[str, Params], best: str) -> dict[str, Any]:
+  """Test metrics of both students, and of the cross-encoder over the better one's list; keeps that model."""
+  e = current.config.evaluate
+  stages: dict[str, dict[str, dict[str, float]]] = {}
+  chosen = np.zeros((0, 0), int)
+  for name, params in students.items():
+    passages = encoded(current.directory / encoded_in(name))
+    queries = current.encode(params, current.queries["test"], "test queries", late=True)
+    values, found = retrieval.top_k(queries.vectors, passages.vectors, max(DEPTH, e.late_depth, e.cross_depth))
+    late = retrieval.rerank_late(queries, passages, found[:, : e.late_depth])
+    stages[name] = {
+      "dual": current.measure(f"dual.{name}", "test", values, found),
+      "late": current.measure(f"late.{name}", "test", *retrieval.reorder(found[:, : e.late_depth], late)),
+    }
+    chosen = found[:, : e.cross_depth] if name == best else chosen
+  model = keep(current, students, best)
+  cross = retrieval.rerank_cross(
+    model, current.queries["test"], current.passages, chosen, current.tokenizer, current.config.data
+  )
+  before = read(current.directory / "baselines" / "manifest.json")
+  results = {
+    "bm25": before["bm25"],
+    "zero_shot": before["zero_shot"],
+    **stages[best],
+    "cross": current.measure("cross", "test", *retrieval.reorder(chosen, cross)),
+    "depth": {"late": e.late_depth, "cross": e.cross_depth},
+    "best_stage": best,
+    "stages": stages,
+  }
+  qrels = current.data.qrels("test")
+  runs = [evaluate.read_run(current.directory / "runs" / f"test.{name}.trec") for name in (f"dual.{best}", "bm25")]
+  each = [evaluate.per_query(run, qrels, "MRR@10") for run in runs]
+  return results | {"dual_minus_bm25": {"MRR@10": evaluate.bootstrap(*each)}}
+
+
+def keep(current: Run, students: dict[str, Params], best: str) -> Params:
+  """Saves the run's result, `model/`: the student that is best on dev, and the cascade's cross-encoder."""
+  student: Student = students[best]["student"]
+  teacher: Teacher = students["cascade"]["teacher"]
+  settings = current.config.model
+  if settings.share_encoder and best != "cascade":
+    # The cross-encoder was trained on the cascade's encoder: from here on that is its own.
+    settings = dataclasses.replace(settings, share_encoder=False)
+    shared = students["cascade"]["student"].encoder
+    own = Teacher(shared.architecture, settings, jax.random.key(0))
+    own.encoder, own.pooler, own.head = shared, teacher.pooler, teacher.head
+    teacher = own
+  params = {"student": student, "teacher": teacher}
+  place = folder(current.directory / "model")
+  current.tokenizer.save(place / "tokenizer")
+  about = {
+    "student": best,
+    "corpus": str(Path(encoded_in(best)) / "vectors.npy"),
+    "data": dataclasses.asdict(current.config.data),
+    "fingerprint": current.data.fingerprint,
+  }
+  checkpoints.save_model(place, params, settings, about)
+  return params
+
+
+# ---- Use -----------------------------------------------------------------------------------------------------------
+
+
+class Searcher:
+  """Dual-encoder search over the corpus of a finished run."""
+
+  def __init__(self, directory: Path):
+    if not (directory / "model" / "model.json").is_file():
+      raise UserError(f"{directory}: no finished run here (model/model.json is missing); `ernie-jax run` makes one")
+    self.params, self.model, self.about = checkpoints.load_model(directory / "model")
+    self.tokenizer = tokens.Tokenizer.load(directory / "model" / "tokenizer")
+    self.vectors = load(directory / self.about["corpus"])
+    path = directory / "prepare" / "corpus.jsonl"
+    try:
+      self.corpus = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+      raise UserError(f"{path}: missing or damaged; delete {path.parent} and run the recipe again") from error
+    if len(self.corpus) != len(self.vectors):
+      raise UserError(f"{path}: {len(self.corpus)} passages, but {len(self.vectors)} vectors; run the recipe again")
+
+  def __call__(self, query: str, k: int = 10) -> list[tuple[float, dict[str, str]]]:
+    """The k best passages, best first: (score, {"id", "title", "text"})."""
+    store = tokens.in_memory([query], self.tokenizer)
+    longest = self.about["data"]["query_length"]
+    rows = batches.rows([[batches.cut(store[0], longest)]], longest, self.tokenizer)
+    vectors, *_ = retrieval.embed(self.params["student"], rows, self.model, True, False)
+    values, found = retrieval.top_k(np.asarray(vectors), self.vectors, k)
+    return [(float(value), self.corpus[row]) for value, row in zip(values[0], found[0])]

@@ -1,0 +1,178 @@
+"""Encoding, exact search, re-ranking and hard-negative mining."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ernie_jax import batches, config, mesh, scores
+from ernie_jax.encoder import Rows
+from ernie_jax.progress import Progress
+from ernie_jax.tokens import Store, Tokenizer
+
+ROWS = 64  # texts encoded at once, on each device
+BUCKETS = 4  # row lengths compiled for: quarters of the longest
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """N texts as the student sees them."""
+
+  vectors: np.ndarray  # [N, H] float32
+  tokens: np.ndarray  # [all tokens, D] float16; empty unless late interaction was asked for
+  offsets: np.ndarray  # [N + 1]: text i has tokens[offsets[i]:offsets[i + 1]]
+
+
+def _batches(lengths: np.ndarray, longest: int) -> Iterator[tuple[np.ndarray, int]]:
+  """Rows in order of length, with the row length they are padded to; shapes repeat, so little is compiled."""
+  edges = [-(-longest * (i + 1) // BUCKETS) for i in range(BUCKETS)]
+  bucket = np.searchsorted(edges, np.minimum(lengths, longest))
+  size = ROWS * jax.device_count()
+  for b, edge in enumerate(edges):
+    members = np.flatnonzero(bucket == b)
+    for start in range(0, len(members), size):
+      yield members[start : start + size], edge
+
+
+def _each(
+  label: str, lengths: np.ndarray, longest: int, make: Callable[[int], list], tokenizer: Tokenizer, apply: Callable
+) -> Iterator[tuple[np.ndarray, int, Any]]:
+  """Applies a jitted function to all texts, batch by batch: (texts, row length, its result as numpy)."""
+  devices = mesh.make()
+  size = ROWS * jax.device_count()
+  with Progress(label, len(lengths), "texts") as bar:
+    for members, edge in _batches(lengths, longest):
+      filled = np.resize(members, size)  # the last batch of a bucket is filled up by repeating texts
+      rows = batches.rows([make(i) for i in filled], edge, tokenizer)
+      result = jax.tree.map(np.asarray, apply(mesh.shard(rows, devices)))
+      yield members, edge, jax.tree.map(lambda x: x[: len(members)], result)
+      bar.advance(len(members))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "query", "late"))
+def embed(student: scores.Student, rows: Rows, model: config.Model, query: bool, late: bool):
+  e = scores.embed(student, model, rows, None, query)
+  return (e.vector, e.tokens.astype(jnp.float16)) if late else (e.vector,)
+
+
+def encode(
+  student: scores.Student,
+  model: config.Model,
+  store: Store,
+  tokenizer: Tokenizer,
+  longest: int,
+  *,
+  query: bool,
+  late: bool,
+  label: str,
+) -> Encoded:
+  """Encodes a store, cut to `longest` tokens a text. Call under `jax.set_mesh(mesh.make())`."""
+  lengths = np.minimum(store.lengths + 2, longest)
+  offsets = np.concatenate([[0], np.cumsum(lengths)])
+  vectors = np.zeros((len(store), student.encoder.architecture.width), np.float32)
+  width = model.late_width or student.encoder.architecture.width
+  tokens = np.zeros((offsets[-1] if late else 0, width), np.float16)
+  make = lambda i: [batches.cut(store[i], longest)]
+  apply = lambda rows: embed(student, rows, model, query, late)
+  for members, _, result in _each(label, lengths, longest, make, tokenizer, apply):
+    vectors[members] = result[0]
+    if late:
+      for i, row in zip(members, result[1]):
+        tokens[offsets[i] : offsets[i + 1]] = row[: lengths[i]]
+  return Encoded(vectors, tokens, offsets)
+
+
+def top_k(queries: np.ndarray, passages: np.ndarray, k: int, block: int = 256) -> tuple[np.ndarray, np.ndarray]:
+  """Exact search: scores and passage rows [Q, k], best first; equal scores in the order of the passages."""
+  k = min(k, len(passages))
+  found, values = [], []
+  for start in range(0, len(queries), block):
+    s = queries[start : start + block] @ passages.T
+    order = np.argsort(-s, axis=1, kind="stable")[:, :k]
+    found.append(order)
+    values.append(np.take_along_axis(s, order, axis=1))
+  return np.concatenate(values), np.concatenate(found)
+
+
+@jax.jit
+def _maxsim(query: jax.Array, query_mask: jax.Array, passages: jax.Array, mask: jax.Array) -> jax.Array:
+  similarity = jnp.einsum("qd,kpd->kqp", query, passages, preferred_element_type=jnp.float32)
+  return scores.maxsim(similarity, jnp.broadcast_to(query_mask, similarity.shape[:2]), mask)
+
+
+def rerank_late(queries: Encoded, passages: Encoded, candidates: np.ndarray) -> np.ndarray:
+  """MaxSim of each query with its candidates (passage rows [Q, k]) -> scores [Q, k]."""
+  q_longest, p_longest = (int(np.diff(e.offsets).max()) for e in (queries, passages))
+  values = []
+
+  def padded(e: Encoded, rows: Sequence[int], longest: int) -> tuple[np.ndarray, np.ndarray]:
+    out = np.zeros((len(rows), longest, e.tokens.shape[1]), np.float32)
+    there = np.zeros((len(rows), longest), bool)
+    for i, row in enumerate(rows):
+      own = e.tokens[e.offsets[row] : e.offsets[row + 1]]
+      out[i, : len(own)], there[i, : len(own)] = own, True
+    return out, there
+
+  with Progress("re-rank (late interaction)", len(candidates), "queries") as bar:
+    for i, rows in enumerate(candidates):
+      (query,), (query_mask,) = padded(queries, [i], q_longest)
+      values.append(np.asarray(_maxsim(query, query_mask, *padded(passages, rows, p_longest))))
+      bar.advance(1)
+  return np.stack(values)
+
+
+@jax.jit
+def _cross(params: scores.Params, rows: Rows) -> jax.Array:
+  return scores.cross(params, rows, None)[0]
+
+
+def rerank_cross(
+  params: scores.Params,
+  queries: Store,
+  passages: Store,
+  candidates: np.ndarray,
+  tokenizer: Tokenizer,
+  data: config.Data,
+) -> np.ndarray:
+  """The cross-encoder's logit of each query with its candidates (passage rows [Q, k]) -> scores [Q, k]."""
+  where = np.repeat(np.arange(len(candidates)), candidates.shape[1])
+  flat = candidates.reshape(-1)
+  left = lambda i: batches.cut(queries[where[i]], data.query_length)
+  right = lambda i: batches.cut(passages[flat[i]], data.passage_length)
+  cut_lengths = lambda store, longest: np.minimum(store.lengths, longest - 2)
+  lengths = cut_lengths(queries, data.query_length)[where] + cut_lengths(passages, data.passage_length)[flat] + 3
+  values = np.zeros(len(flat), np.float32)
+  make = lambda i: [left(i), right(i)]
+  apply = lambda rows: _cross(params, rows)
+  for members, _, result in _each("re-rank (cross-encoder)", lengths, data.pair_length, make, tokenizer, apply):
+    values[members] = result
+  return values.reshape(candidates.shape)
+
+
+def reorder(candidates: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Candidates [Q, k] by new scores, best first; equal scores keep their order."""
+  order = np.argsort(-values, axis=1, kind="stable")
+  return np.take_along_axis(values, order, axis=1), np.take_along_axis(candidates, order, axis=1)
+
+
+def mine(
+  queries: np.ndarray, passages: np.ndarray, positives: list[np.ndarray], identity: np.ndarray, settings: config.Mine
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Hard negatives of each query: passage rows and scores at ranks first..last among passages that may be negatives.
+
+  Known positives, and passages with the text of one, are left out before ranks are counted.
+  """
+  spare = max(len(p) for p in positives) + 8  # equal texts may take more places than there are positives
+  values, found = top_k(queries, passages, settings.last + spare)
+  rows, kept = [], []
+  for i, own in enumerate(positives):
+    allowed = ~np.isin(identity[found[i]], identity[own])
+    rows.append(found[i][allowed][settings.first - 1 : settings.last])
+    kept.append(values[i][allowed][settings.first - 1 : settings.last])
+  return rows, kept

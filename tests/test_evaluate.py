@@ -1,0 +1,331 @@
+"""Measures against closed forms and ir_measures, files against damage, BM25 against what it must find."""
+
+import contextlib
+import math
+import os
+import random
+
+import ir_measures
+import numpy as np
+import pytest
+
+from ernie_jax import evaluate
+from ernie_jax.config import UserError
+
+
+def random_run(seed, queries=20, passages=30, depth=10, scores=4):
+  """Few different scores: most neighbours are tied."""
+  rng = random.Random(seed)
+  ids = [f"p{i}" for i in range(passages)]
+  run = {f"q{i}": {p: float(rng.randrange(scores)) for p in rng.sample(ids, depth)} for i in range(queries)}
+  qrels = {f"q{i}": {p: rng.randrange(3) for p in rng.sample(ids, 6)} for i in range(queries)}
+  return run, qrels
+
+
+# Measures
+
+
+def test_hand_computed():
+  run = {"a": {"x": 3.0, "y": 2.0, "z": 1.0}, "b": {"x": 1.0}}
+  qrels = {"a": {"y": 1, "z": 2, "w": 1}, "b": {"x": 1}}
+  # a: relevance in ranked order 0 1 2, ideal order 2 1 1
+  gain = 1 / math.log2(3) + 2 / math.log2(4)
+  ideal = 2 + 1 / math.log2(3) + 1 / math.log2(4)
+  assert evaluate.metrics(run, qrels) == pytest.approx(
+    {
+      "MRR@10": (1 / 2 + 1) / 2,
+      "R@20": (2 / 3 + 1) / 2,
+      "nDCG@10": (gain / ideal + 1) / 2,
+      "R@100": (2 / 3 + 1) / 2,
+    }
+  )
+
+
+def test_cutoffs():
+  run = {"q": {f"p{i:03d}": -float(i) for i in range(200)}}
+  rank = lambda n: evaluate.metrics(run, {"q": {f"p{n - 1:03d}": 1}})
+  assert rank(10)["MRR@10"] == pytest.approx(1 / 10)
+  assert rank(11)["MRR@10"] == 0
+  assert (rank(20)["R@20"], rank(21)["R@20"], rank(21)["R@100"], rank(101)["R@100"]) == (1, 0, 1, 0)
+  assert rank(11)["nDCG@10"] == 0
+
+
+def test_a_missing_query_counts_zero_and_an_unjudged_one_not_at_all():
+  qrels = {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1}, "d": {"x": 0}}
+  run = {"a": {"x": 1.0}, "b": {}, "d": {"x": 1.0}, "stranger": {"x": 1.0}, "another": {"x": 1.0}}
+  assert set(evaluate.metrics(run, qrels).values()) == {0.25}
+  assert evaluate.per_query(run, qrels, "MRR@10") == {"a": 1, "b": 0, "c": 0, "d": 0}
+  assert set(evaluate.metrics({}, qrels).values()) == {0}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_equals_ir_measures_with_ties(seed):
+  run, qrels = random_run(seed)
+  mine = evaluate.metrics(run, qrels)
+  # trec_eval's reciprocal rank has no cut-off; these runs end at rank 10.
+  names = {"MRR@10": "RR", "R@20": "R@20", "nDCG@10": "nDCG@10", "R@100": "R@100"}
+  theirs = ir_measures.calc_aggregate([ir_measures.parse_measure(x) for x in names.values()], qrels, run)
+  assert mine == pytest.approx({name: theirs[ir_measures.parse_measure(x)] for name, x in names.items()})
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_measures_follow_the_order_of_the_run_file(seed, tmp_path):
+  run, qrels = random_run(seed, depth=25)
+  evaluate.write_run(run, tmp_path / "run", "tag")
+  ranks = {}
+  for line in (tmp_path / "run").read_text().splitlines():
+    qid, _, pid, rank, _, _ = line.split()
+    if qrels[qid].get(pid, 0) > 0 and int(rank) <= 10:
+      ranks.setdefault(qid, int(rank))
+  expected = {qid: 1 / ranks[qid] if qid in ranks else 0 for qid in qrels}
+  assert evaluate.per_query(run, qrels, "MRR@10") == pytest.approx(expected)
+
+
+def test_scores_closer_than_single_precision_keep_their_order():
+  run = {"q": {f"p{i}": 1 - i * 1e-12 for i in range(5)}}
+  assert set(evaluate.metrics(run, {"q": {"p0": 1}}).values()) == {1}
+
+
+def test_per_query_means_are_the_metrics():
+  run, qrels = random_run(7)
+  for name, value in evaluate.metrics(run, qrels).items():
+    values = evaluate.per_query(run, qrels, name)
+    assert list(values) == list(qrels)
+    assert sum(values.values()) / len(values) == pytest.approx(value)
+
+
+def test_bad_measure_input():
+  with pytest.raises(UserError, match="qrels are empty"):
+    evaluate.metrics({"q": {"x": 1.0}}, {})
+  with pytest.raises(UserError, match="NaN"):
+    evaluate.metrics({"q": {"x": math.nan}}, {"q": {"x": 1}})
+  for name in ("speed", "MRR@x", ""):
+    with pytest.raises(UserError, match="not known"):
+      evaluate.per_query({}, {"q": {"x": 1}}, name)
+
+
+# Files
+
+
+def test_run_round_trip(tmp_path):
+  rng = random.Random(0)
+  run = {
+    f"q{i}": {f"é{j}": rng.gauss(0, 1) * 10.0 ** rng.randrange(-30, 30) for j in range(20)} for i in range(9)
+  }
+  run["q0"] |= {"low": -math.inf, "single": float(np.float32(0.1)), "whole": 3}
+  evaluate.write_run(run, tmp_path / "run", "tag")
+  assert evaluate.read_run(tmp_path / "run") == run
+  assert os.listdir(tmp_path) == ["run"]
+
+
+def test_run_lines(tmp_path):
+  evaluate.write_run(
+    {"q": {"b": 1.0, "a": 2.0, "c": 1.0}, "none": {}, "r": {"a": np.float32(0.5)}}, tmp_path / "run", "bm25"
+  )
+  assert (tmp_path / "run").read_text() == (
+    "q Q0 a 1 2.0 bm25\nq Q0 c 2 1.0 bm25\nq Q0 b 3 1.0 bm25\nr Q0 a 1 0.5 bm25\n"
+  )
+
+
+def test_qrels_round_trip(tmp_path):
+  _, qrels = random_run(1)
+  evaluate.write_qrels(qrels, tmp_path / "qrels")
+  assert evaluate.read_qrels(tmp_path / "qrels") == qrels
+
+
+@pytest.mark.parametrize(
+  "line",
+  [
+    b"",
+    b"q Q0 p 1 0.5",
+    b"q Q0 p 1 0.5 tag more",
+    b"q Q0 p 1 high tag",
+    b"q Q0 p 1 nan tag",
+    b"q Q0 p 1 1_0 tag",
+    b"q Q0 first 1 0.5 tag",
+    b"q Q0 \xff\xfe 1 0.5 tag",
+  ],
+)
+def test_damaged_run(tmp_path, line):
+  path = tmp_path / "some.run"
+  path.write_bytes(b"q Q0 first 1 0.5 tag\nq Q0 second 2 0.4 tag\n" + line + b"\nq Q0 last 3 0.3 tag\n")
+  with pytest.raises(UserError) as error:
+    evaluate.read_run(path)
+  assert f"{path}:3: " in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "line", [b"", b"q p 1", b"q 0 p 1 1", b"q 0 p 0.5", b"q 0 p yes", b"q 0 first 0", b"\xff 0 p 1"]
+)
+def test_damaged_qrels(tmp_path, line):
+  path = tmp_path / "some.qrels"
+  path.write_bytes(b"q 0 first 1\n" + line + b"\n")
+  with pytest.raises(UserError) as error:
+    evaluate.read_qrels(path)
+  assert f"{path}:2: " in str(error.value)
+
+
+@pytest.mark.parametrize("read", [evaluate.read_run, evaluate.read_qrels])
+def test_no_file(tmp_path, read):
+  (tmp_path / "empty").touch()
+  with pytest.raises(UserError, match="empty:1: the file is empty"):
+    read(tmp_path / "empty")
+  for path in (tmp_path, tmp_path / "missing"):
+    with pytest.raises(UserError, match="cannot be read") as error:
+      read(path)
+    assert str(path) in str(error.value)
+
+
+def test_byte_order_mark_is_no_part_of_the_first_id(tmp_path):
+  (tmp_path / "qrels").write_bytes(b"\xef\xbb\xbfq 0 p 1\r\nr 0 p 1\r\n")
+  assert evaluate.read_qrels(tmp_path / "qrels") == {"q": {"p": 1}, "r": {"p": 1}}
+
+
+@pytest.mark.parametrize(
+  "run",
+  [{}, {"q": {}}, {"q": {"p": 1.0}, "a b": {"p": 1.0}}, {"q": {"p": 1.0, "": 0.5}}, {"q": {"p": math.nan}}],
+)
+def test_a_failed_write_leaves_the_older_file_and_nothing_else(tmp_path, run):
+  path = tmp_path / "run"
+  path.write_text("older")
+  with pytest.raises(UserError):
+    evaluate.write_run(run, path, "tag")
+  assert path.read_text() == "older"
+  assert os.listdir(tmp_path) == ["run"]
+
+
+def test_a_failure_half_way_leaves_nothing(tmp_path):
+  def chunks():
+    yield "half"
+    raise KeyboardInterrupt
+
+  with contextlib.suppress(KeyboardInterrupt):
+    evaluate.replace(tmp_path / "file", chunks())
+  assert os.listdir(tmp_path) == []
+
+
+def test_ids_with_white_space_are_named(tmp_path):
+  with pytest.raises(UserError, match="'my tag'"):
+    evaluate.write_run({"q": {"p": 1.0}}, tmp_path / "run", "my tag")
+  with pytest.raises(UserError, match=r"'a\\tb'"):
+    evaluate.write_qrels({"q": {"a\tb": 1}}, tmp_path / "qrels")
+  with pytest.raises(UserError, match="qrels are empty"):
+    evaluate.write_qrels({}, tmp_path / "qrels")
+  assert os.listdir(tmp_path) == []
+
+
+def test_places_that_cannot_be_written(tmp_path):
+  (tmp_path / "file").touch()
+  (tmp_path / "folder").mkdir()
+  for path in (tmp_path / "missing" / "run", tmp_path / "file" / "run", tmp_path / "folder"):
+    with pytest.raises(UserError, match="cannot be written"):
+      evaluate.write_run({"q": {"p": 1.0}}, path, "tag")
+  assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+# Bootstrap
+
+
+def test_bootstrap_of_a_system_with_itself_is_zero():
+  a = {f"q{i}": random.Random(i).random() for i in range(100)}
+  assert evaluate.bootstrap(a, dict(reversed(a.items()))) == (0, 0, 0)
+
+
+def test_bootstrap_of_a_constant_shift_has_no_width():
+  b = {f"q{i}": i / 64 for i in range(100)}  # exact in binary
+  a = {qid: value + 0.25 for qid, value in b.items()}
+  assert evaluate.bootstrap(a, b) == (0.25, 0.25, 0.25)
+  assert evaluate.bootstrap(b, a) == (-0.25, -0.25, -0.25)
+
+
+def test_bootstrap_approaches_the_normal_interval():
+  rng = np.random.default_rng(1)
+  values = rng.normal(0.1, 1, 2000)
+  a, b = {str(i): float(x) for i, x in enumerate(values)}, {str(i): 0.0 for i in range(len(values))}
+  difference, low, high = evaluate.bootstrap(a, b, samples=4000)
+  error = 1.96 * values.std() / math.sqrt(len(values))
+  assert difference == pytest.approx(values.mean())
+  assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=error / 10)
+  assert evaluate.bootstrap(a, b, samples=4000) == (difference, low, high)
+  assert evaluate.bootstrap(a, b, seed=1, samples=4000) != (difference, low, high)
+
+
+def test_bootstrap_needs_pairs():
+  for a, b in (({}, {}), ({"q": 1.0}, {"r": 1.0})):
+    with pytest.raises(ValueError, match="same queries"):
+      evaluate.bootstrap(a, b)
+
+
+# Table
+
+
+def test_table():
+  results = {"dual": {"MRR@10": 0.5, "R@20": 2 / 3}, "other": {"speed": 1.0}, "bm25": {"R@20": 1.0}}
+  assert evaluate.table(results).split("\n") == [
+    "       MRR@10   R@20  speed",
+    "bm25        -  1.000      -",
+    "dual    0.500  0.667      -",
+    "other       -      -  1.000",
+  ]
+
+
+# BM25
+
+
+def test_words():
+  split = lambda text: set(evaluate.words(text))
+  assert split("numpy.linalg.lstsqSolver_x") == {
+    "numpy", "linalg", "lstsq", "solver", "x", "lstsqsolver_x"
+  }  # fmt: skip
+  assert split("parse HTTPServer") == {"parse", "http", "server", "httpserver"}
+  assert evaluate.words("__init__ float32, Plain") == ["init", "float32", "plain"]
+  assert evaluate.words("... __") == []
+
+
+PASSAGES = [
+  "numpy.linalg.lstsqSolver_x: least squares by singular values of the matrix",
+  "json.dumps: a string made of the object, with indented lines",
+  "os.path.joinAll: one path from several parts of a path",
+  "",
+  "the of and",
+]
+IDS = list("abcde")
+
+
+def test_bm25_finds_the_exact_passage():
+  run = evaluate.bm25(PASSAGES, IDS, dict(zip("abc", PASSAGES)), depth=5)
+  assert [evaluate.ranked(run[qid])[0] for qid in "abc"] == list("abc")
+
+
+@pytest.mark.parametrize(
+  ("query", "best"),
+  [("solver", "a"), ("lstsqsolver_x", "a"), ("SOLVERS", "a"), ("indenting an objects", "b"), ("join", "c")],
+)
+def test_bm25_splits_identifiers_and_stems(query, best):
+  assert list(evaluate.bm25(PASSAGES, IDS, {"q": query}, depth=3)["q"]) == [best]
+
+
+def test_bm25_edges(capfd):
+  queries = {"nothing": "the", "unknown": "zebra", "empty": "", "known": "path"}
+  run = evaluate.bm25(PASSAGES, IDS, queries, depth=100)
+  assert {qid: list(scores) for qid, scores in run.items()} == {
+    "nothing": [], "unknown": [], "empty": [], "known": ["c"]
+  }  # fmt: skip
+  assert evaluate.bm25(PASSAGES, IDS, {}, depth=3) == {}
+  assert evaluate.bm25([], [], {"q": "path"}, depth=3) == {"q": {}}
+  assert evaluate.bm25(["the", ""], ["a", "b"], {"q": "path"}, depth=3) == {"q": {}}
+  assert len(evaluate.bm25(["path"] * 5, IDS, {"q": "path"}, depth=2)["q"]) == 2
+  assert capfd.readouterr() == ("", "")  # no progress bars
+  with pytest.raises(ValueError, match="different ids"):
+    evaluate.bm25(["x", "y"], ["a", "a"], {}, depth=3)
+  with pytest.raises(ValueError, match="depth=0"):
+    evaluate.bm25(["x"], ["a"], {}, depth=0)
+
+
+def test_bm25_score_is_the_formula():
+  """Lucene's form: idf * tf / (tf + k1 (1 - b + b length / mean length))."""
+  passages = ["red red blue", "blue", "green green green green"]
+  run = evaluate.bm25(passages, list("abc"), {"q": "red"}, depth=3)
+  idf = math.log(1 + (3 - 1 + 0.5) / (1 + 0.5))
+  assert run["q"] == pytest.approx({"a": idf * 2 / (2 + 1.5 * (0.25 + 0.75 * 3 / (8 / 3)))})
