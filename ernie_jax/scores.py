@@ -126,7 +126,7 @@ def matches(q: Embeddings, p: Float[Array, "b k lp d"]) -> Float[Array, "b k lq 
 
 
 def maxsim(
-  similarity: Float[Array, "*n lq lp"], query_mask: Bool[Array, "*n lq"], passage_mask: Bool[Array, "*n lp"]
+  similarity: Float[Array, "*n lq lp"], query_mask: Bool[Array, "*#n lq"], passage_mask: Bool[Array, "*#n lp"]
 ) -> Float[Array, "*n"]:
   """sum_i max_j similarity[i, j]: masked passage tokens are -inf before the maximum, masked query tokens add 0."""
   best = jnp.where(passage_mask[..., None, :], similarity, -jnp.inf).max(-1)

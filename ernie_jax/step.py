@@ -125,7 +125,7 @@ def make_train_step(
     updates, moments = optimizer.update(gradient, state.optimizer, state.params)
     logs = terms | {
       "total": value,
-      "gradient_norm": optax.global_norm(gradient),
+      "gradient_norm": optax.tree.norm(gradient),
       "learning_rate": jnp.asarray(rate(state.step)),
     }
     return State(state.step + 1, optax.apply_updates(state.params, updates), moments), logs

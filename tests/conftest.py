@@ -1,0 +1,79 @@
+"""Eight virtual CPU devices for the tests of the mesh; every annotated shape checked in every call."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Tests compile much and compute little: leave out LLVM's optimisation, which halves their time.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+import inspect
+import typing
+
+import beartype
+import flax.nnx
+import jaxtyping
+import numpy as np
+import optax  # noqa: F401
+import pytest
+
+# Shapes in signatures are imported for type checkers only. Here they are imported for real, and checked in every call.
+typing.TYPE_CHECKING = True
+from ernie_jax import encoder, losses, scores, step
+
+typing.TYPE_CHECKING = False
+for module in (encoder, scores, losses, step):
+  for name, function in inspect.getmembers(module, inspect.isfunction):
+    if function.__module__ == module.__name__:
+      setattr(module, name, jaxtyping.jaxtyped(function, typechecker=beartype.beartype))
+
+from ernie_jax import config
+from ernie_jax.encoder import Rows
+
+SPECIAL = (1, 2)
+TINY = config.Architecture(vocabulary=50, width=16, layers=3, heads=2, inner=32, positions=64, special=SPECIAL)
+
+
+def make_rows(rng: np.random.Generator, parts: list[list[np.ndarray]], length: int, shift: int = 0) -> Rows:
+  """[1] part [2] part [2] and padding, as `batches.rows` lays texts out; `shift` adds padding columns."""
+  from ernie_jax import batches
+
+  class Ids:
+    pad, cls, sep = 0, 1, 2
+
+  return batches.rows(parts, length + shift, Ids)
+
+
+def make_batch(seed: int = 0, b: int = 8, k: int = 3, lq: int = 6, lp: int = 9, pad: int = 0) -> scores.Batch:
+  """A random batch with hard negatives, where some queries know further positives in the pool. `pad` adds padding."""
+  rng = np.random.default_rng(seed)
+  text = lambda longest: rng.integers(3, 50, rng.integers(1, longest - 1)).astype(np.int32)
+  queries, passages = [text(lq) for _ in range(b)], [text(lp) for _ in range(b * k)]
+  known = np.full((b, 2), -1, np.int32)
+  known[:, 0] = np.arange(b) * k
+  known[1::2, 1] = known[1::2, 0] - 1  # the last negative of the query before is another positive of this one
+  batch = scores.Batch(
+    queries=make_rows(rng, [[q] for q in queries], lq, pad),
+    passages=make_rows(rng, [[p] for p in passages], lp, pad),
+    pairs=make_rows(rng, [[queries[i // k], p] for i, p in enumerate(passages)], lq + lp - 1, 2 * pad),
+    texts=np.arange(b * k, dtype=np.int32),
+    known=known,
+  )
+  return jax.tree.map(jax.numpy.asarray, batch)
+
+
+@pytest.fixture(scope="session")
+def tiny_params():
+  """(model, parameters) with every part there is, dropout on."""
+  model = config.Model(late_width=8, scan=True)
+  return model, step.init_params(model, TINY, TINY, jax.random.key(0))
+
+
+def distance(tree, other) -> float:
+  """Largest difference of two trees, relative to the largest entry of each leaf (or 1e-3 of the largest of all)."""
+  leaves = [(np.asarray(x), np.asarray(y)) for x, y in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)]
+  floor = 1e-3 * max(np.abs(y).max() for _, y in leaves)
+  return max(float(np.abs(x - y).max() / max(np.abs(y).max(), floor)) for x, y in leaves)

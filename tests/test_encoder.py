@@ -1,0 +1,94 @@
+"""The encoder: packing, padding, dropout, and parity with reference implementations (stored, see fixtures/)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import TINY, distance
+
+from ernie_jax.encoder import Encoder, Rows, drop, split_last, unstack, with_dropout
+
+rng = np.random.default_rng(0)
+ENCODER = Encoder(TINY, jax.random.key(0))
+encode = jax.jit(lambda rows, key=None: ENCODER(rows, key))
+
+
+def rows(texts: list[list[np.ndarray]], length: int) -> Rows:
+  """Rows that each hold several texts, one segment each."""
+  tokens, segments, positions = (np.zeros((len(texts), length), np.int32) for _ in range(3))
+  for r, row in enumerate(texts):
+    end = 0
+    for number, text in enumerate(row, 1):
+      tokens[r, end : end + len(text)] = text
+      segments[r, end : end + len(text)] = number
+      positions[r, end : end + len(text)] = np.arange(len(text))
+      end += len(text)
+  return jax.tree.map(jnp.asarray, Rows(tokens, segments, positions, tokens % 2))
+
+
+def test_packed_rows_equal_padded_rows():
+  texts = [rng.integers(1, 50, n) for n in (3, 5, 2, 4, 6, 1)]
+  packed, _ = encode(rows([texts[:3], texts[3:]], 12))
+  padded, _ = encode(rows([[t] for t in texts], 12))
+  expected = [padded[i, : len(t)] for i, t in enumerate(texts)]
+  np.testing.assert_allclose(packed[0, :10], np.concatenate(expected[:3]), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(packed[1, :11], np.concatenate(expected[3:]), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_a_distribution_over_the_own_segment():
+  texts = [rng.integers(1, 50, n) for n in (3, 5)]
+  packed = rows([texts], 10)
+  _, attention = encode(packed)
+  same = packed.segments[0][:, None] == packed.segments[0][None, :]
+  real = np.asarray(packed.segments[0] > 0)
+  np.testing.assert_allclose(np.asarray(attention[0])[:, real].sum(-1), 1, rtol=1e-5)
+  assert float(jnp.where(same, 0, attention[0]).max(initial=0, where=real[None, :, None])) == 0.0
+
+
+def test_no_key_no_dropout_and_the_same_key_the_same_dropout():
+  text = rows([[rng.integers(1, 50, 5)]], 6)
+  np.testing.assert_array_equal(encode(text)[0], encode(text)[0])
+  one, same, other = (encode(text, jax.random.key(k))[0] for k in (1, 1, 2))
+  np.testing.assert_array_equal(one, same)
+  assert np.abs(one - other).max() > 1e-3
+
+
+def test_dropout_keeps_the_mean():
+  x = drop(jnp.ones(100_000), 0.3, jax.random.key(0))
+  np.testing.assert_allclose(np.unique(x), [0, 1 / 0.7], rtol=1e-6)
+  assert abs(float(x.mean()) - 1) < 0.01
+
+
+def test_task_embeddings_add_row_0():
+  a = dataclasses.replace(TINY, tasks=3)
+  encoder = Encoder(a, jax.random.key(0))
+  text = rows([[rng.integers(1, 50, 5)]], 6)
+  zeroed = jax.tree.map(lambda x: x, encoder)
+  zeroed.type.embedding[...] = zeroed.type.embedding[...] + zeroed.task.embedding[...][0]
+  zeroed.task = None
+  run = jax.jit(lambda e: e(text)[0])
+  np.testing.assert_allclose(run(encoder), run(zeroed), rtol=1e-5, atol=1e-6)
+
+
+def test_stacks_come_apart_and_gradients_flow_back():
+  stack = {"a": jnp.arange(6.0).reshape(3, 2)}
+  body, last = split_last(stack, 3)
+  assert [x["a"].tolist() for x in unstack(body, 2)] == [[0, 1], [2, 3]]
+  assert last["a"].tolist() == [4, 5]
+  gradient = jax.grad(lambda s: unstack(s, 3)[1]["a"].sum())(stack)
+  assert distance(gradient, {"a": jnp.array([[0.0, 0], [1, 1], [0, 0]])}) == 0
+
+
+def test_bfloat16_computes_near_float32():
+  half = Encoder(TINY, jax.random.key(0), dtype="bfloat16")
+  text = rows([[rng.integers(1, 50, 5)]], 6)
+  x, _ = jax.jit(lambda: half(text))()
+  assert x.dtype == jnp.bfloat16
+  assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half))
+  np.testing.assert_allclose(x.astype(jnp.float32), encode(text)[0], atol=0.06)
+
+
+def test_dropout_of_the_checkpoint_or_the_configuration():
+  assert with_dropout(TINY, None) == TINY
+  assert with_dropout(TINY, 0.0).attention_dropout == 0.0

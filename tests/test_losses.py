@@ -1,0 +1,200 @@
+"""Loss terms on hand-written score matrices: closed forms and symmetries (METHOD: what must hold)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ernie_jax import config, losses
+from ernie_jax.scores import Scores
+
+KEY = jax.random.key(0)
+ALL = config.Train(batch=4, negatives=2, late_pool="global")
+
+
+def random_scores(seed: int = 0, b: int = 4, k: int = 3) -> Scores:
+  keys = iter(jax.random.split(jax.random.key(seed), 16))
+  normal = lambda *shape: jax.random.normal(next(keys), shape)
+  pool = lambda: normal(b, 1 + b * k).at[:, 2].set(-jnp.inf)
+  return Scores(
+    cross=normal(b, k),
+    dual=normal(b, k),
+    dual_pool=pool(),
+    late=normal(b, k),
+    late_pool=pool(),
+    twins=(normal(b, b * k), normal(b, b * k)),
+    attention=jax.nn.softmax(normal(b, k, 5, 7)),
+    matches=normal(b, k, 5, 7),
+    query_content=jax.random.bernoulli(next(keys), 0.7, (b, 5)).at[:, 0].set(True),
+    passage_content=jax.random.bernoulli(next(keys), 0.7, (b, k, 7)).at[:, :, 0].set(True),
+  )
+
+
+def test_nll_of_equal_scores_is_log_of_the_candidates():
+  np.testing.assert_allclose(losses.nll(jnp.zeros((2, 8))), np.log(8), rtol=1e-6)
+
+
+def test_nll_closed_form():
+  # p(positive) = e^2 / (e^2 + e^0 + e^1)
+  expected = -np.log(np.exp(2) / (np.exp(2) + 1 + np.exp(1)))
+  np.testing.assert_allclose(losses.nll(jnp.array([[2.0, 0.0, 1.0]])), expected, rtol=1e-6)
+
+
+def test_masked_candidates_do_not_count():
+  scores = jnp.array([[2.0, 0.0, 1.0]])
+  masked = jnp.array([[2.0, -jnp.inf, 0.0, 1.0]])
+  np.testing.assert_allclose(losses.nll(masked), losses.nll(scores), rtol=1e-6)
+  np.testing.assert_allclose(losses.kl(masked, masked + 1.0), 0.0, atol=1e-6)
+  other = jnp.array([[1.0, -jnp.inf, 3.0, 1.0]])
+  keep = jnp.array([0, 2, 3])
+  np.testing.assert_allclose(losses.kl(masked, other), losses.kl(masked[:, keep], other[:, keep]), rtol=1e-6)
+
+
+def test_kl_closed_form():
+  p, q = np.array([0.7, 0.2, 0.1]), np.array([0.3, 0.3, 0.4])
+  expected = np.sum(p * np.log(p / q))
+  np.testing.assert_allclose(losses.kl(jnp.log(p), jnp.log(q)), expected, rtol=1e-5)
+  both = (expected + np.sum(q * np.log(q / p))) / 2
+  np.testing.assert_allclose(losses.symmetric_kl(jnp.log(p), jnp.log(q)), both, rtol=1e-5)
+
+
+def test_kl_of_a_distribution_with_itself_is_0_and_so_is_its_gradient():
+  scores = jax.random.normal(KEY, (4, 5))
+  np.testing.assert_allclose(losses.kl(scores, scores), 0, atol=1e-6)
+  gradient = jax.grad(lambda s: losses.kl(scores, s).sum())(scores)
+  np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+def test_gradient_of_kl_to_the_student_is_q_minus_p():
+  teacher, student = jax.random.normal(KEY, (2, 4, 5))
+  gradient = jax.grad(lambda s: losses.kl(teacher, s).sum())(student)
+  np.testing.assert_allclose(gradient, jax.nn.softmax(student) - jax.nn.softmax(teacher), atol=1e-6)
+
+
+def test_symmetric_kl_is_symmetric_with_gradient_on_both_sides():
+  a, b = jax.random.normal(KEY, (2, 4, 5))
+  np.testing.assert_allclose(losses.symmetric_kl(a, b), losses.symmetric_kl(b, a), rtol=1e-6)
+  left, right = jax.grad(lambda a, b: losses.symmetric_kl(a, b).sum(), argnums=(0, 1))(a, b)
+  assert jnp.abs(left).max() > 1e-3
+  assert jnp.abs(right).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  ("term", "teacher"),
+  [("kl_ce_li", "cross"), ("kl_ce_de", "cross"), ("kl_li_de", "late_pool"), ("kl_attention", "attention")],
+)
+def test_no_gradient_reaches_a_teacher(term, teacher):
+  scores = random_scores()
+
+  def value(x):
+    return losses.terms(scores.replace(**{teacher: x}), ALL)[term]
+
+  gradient = jax.grad(value)(getattr(scores, teacher))
+  assert float(jnp.abs(gradient).max()) == 0.0
+
+
+def test_every_student_side_has_a_finite_gradient():
+  scores = random_scores()
+  fields = ["cross", "dual", "dual_pool", "late", "late_pool", "twins", "matches"]
+
+  def total(values):
+    return losses.total(losses.terms(scores.replace(**values), ALL), ALL.weights)
+
+  gradients = jax.grad(total)({name: getattr(scores, name) for name in fields})
+  for name, gradient in gradients.items():
+    for leaf in jax.tree.leaves(gradient):
+      assert jnp.isfinite(leaf).all(), name
+      assert jnp.abs(leaf).max() > 0, name
+
+
+def test_adding_a_constant_to_all_scores_of_a_query_changes_nothing():
+  scores = random_scores()
+  shift = jnp.array([[3.0], [-2.0], [0.5], [100.0]])
+  moved = {n: getattr(scores, n) + shift for n in ("cross", "dual", "dual_pool", "late", "late_pool")}
+  moved["matches"] = scores.matches + shift[:, :, None, None]
+  before = losses.terms(scores, ALL)
+  after = losses.terms(scores.replace(**moved), ALL)
+  for name in before:
+    np.testing.assert_allclose(after[name], before[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_dualreg_passage_is_dualreg_query_of_the_transpose():
+  scores = random_scores()
+  turned = scores.replace(twins=tuple(s.T for s in scores.twins))
+  a, b = losses.terms(scores, ALL), losses.terms(turned, ALL)
+  np.testing.assert_allclose(a["dualreg_passage"], b["dualreg_query"], rtol=1e-6)
+  np.testing.assert_allclose(a["dualreg_query"], b["dualreg_passage"], rtol=1e-6)
+
+
+def test_dualreg_of_equal_twins_is_0():
+  scores = random_scores()
+  terms = losses.terms(scores.replace(twins=(scores.twins[0],) * 2), ALL)
+  np.testing.assert_allclose([terms["dualreg_query"], terms["dualreg_passage"]], 0, atol=1e-6)
+
+
+def test_attention_kl_equals_loops():
+  scores = random_scores()
+  tau = 0.3
+  got = losses.attention_kl(
+    scores.attention, scores.matches, scores.query_content, scores.passage_content, temperature=tau
+  )
+  b, k, lq, _ = scores.matches.shape
+  for i in range(b):
+    values = []
+    for j in range(k):
+      real = np.flatnonzero(scores.passage_content[i, j])
+      for t in range(lq):
+        if scores.query_content[i, t]:
+          p = np.asarray(scores.attention[i, j, t], np.float64)[real]
+          q = np.exp(np.asarray(scores.matches[i, j, t], np.float64)[real] / tau)
+          p, q = p / p.sum(), q / q.sum()
+          values.append(np.sum(p * np.log(p / q)))
+    np.testing.assert_allclose(got[i], np.mean(values), rtol=1e-4)
+
+
+def test_attention_kl_is_0_when_late_interaction_matches_as_the_cross_encoder_attends():
+  scores = random_scores()
+  same = jnp.log(scores.attention) * 0.3
+  got = losses.attention_kl(scores.attention, same, scores.query_content, scores.passage_content, 0.3)
+  np.testing.assert_allclose(got, 0, atol=1e-6)
+
+
+def test_attention_kl_without_real_tokens_is_0_with_a_finite_gradient():
+  scores = random_scores()
+  none = jnp.zeros_like(scores.passage_content)
+  value = lambda m: losses.attention_kl(scores.attention, m, scores.query_content, none, 1.0).sum()
+  assert float(value(scores.matches)) == 0.0
+  assert jnp.isfinite(jax.grad(value)(scores.matches)).all()
+
+
+@pytest.mark.parametrize("name", ["dual", "late", "cross"])
+def test_temperature_divides_scores(name):
+  scores = random_scores()
+  train = config.Train(
+    batch=4, negatives=2, late_pool="global", temperature=config.Temperatures(**{name: 0.25})
+  )
+  fields = {"dual": ["dual", "dual_pool"], "late": ["late", "late_pool"], "cross": ["cross"]}[name]
+  moved = {field: getattr(scores, field) * 4 for field in fields}
+  if name == "dual":
+    moved["twins"] = tuple(s * 4 for s in scores.twins)
+  a, b = losses.terms(scores, train), losses.terms(scores.replace(**moved), ALL)
+  for term in a:
+    np.testing.assert_allclose(a[term], b[term], rtol=1e-5, err_msg=term)
+
+
+def test_total_is_the_weighted_sum_and_a_term_of_weight_0_is_not_there():
+  train = config.Train(batch=4, negatives=2, weights=config.Weights.only(nll_de=2.0, kl_ce_de=0.5))
+  terms = losses.terms(random_scores(), train)
+  assert set(terms) == {"nll_de", "kl_ce_de"}
+  np.testing.assert_allclose(
+    losses.total(terms, train.weights), 2 * terms["nll_de"] + 0.5 * terms["kl_ce_de"], rtol=1e-6
+  )
+
+
+def test_own_pools_compare_own_lists():
+  train = config.Train(batch=4, negatives=2, dual_pool="own", late_pool="own")
+  scores = random_scores()
+  terms = losses.terms(scores, train)
+  np.testing.assert_allclose(terms["nll_de"], losses.nll(scores.dual).mean(), rtol=1e-6)
+  np.testing.assert_allclose(terms["nll_li"], losses.nll(scores.late).mean(), rtol=1e-6)
+  np.testing.assert_allclose(terms["kl_li_de"], losses.kl(scores.late, scores.dual).mean(), rtol=1e-6)

@@ -1,0 +1,195 @@
+"""The scorers against loops, padding and masks."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import SPECIAL, TINY, distance, make_batch, make_rows
+
+from ernie_jax import config, scores, step
+from ernie_jax.encoder import Encoder
+
+rng = np.random.default_rng(0)
+EVERYTHING = config.Train(batch=8, negatives=2, late_pool="global")
+
+
+def score(model, params, batch, train=EVERYTHING, key=None):
+  return jax.jit(lambda p, b: scores.score(p, b, model, train, key))(params, batch)
+
+
+def test_maxsim_equals_three_loops():
+  q, p = rng.normal(size=(2, 4, 3)), rng.normal(size=(2, 5, 3))
+  q_mask, p_mask = rng.random((2, 4)) < 0.7, rng.random((2, 5)) < 0.7
+  p_mask[:, 0] = True
+  got = scores.maxsim(
+    jnp.einsum("bqd,bpd->bqp", q, p, preferred_element_type=jnp.float32), jnp.array(q_mask), jnp.array(p_mask)
+  )
+  for b in range(2):
+    expected = 0.0
+    for i in range(4):
+      if q_mask[b, i]:
+        best = -np.inf
+        for j in range(5):
+          if p_mask[b, j]:
+            best = max(best, float(q[b, i] @ p[b, j]))
+        expected += best
+    np.testing.assert_allclose(got[b], expected, rtol=1e-5)
+
+
+def test_a_masked_token_does_not_beat_a_negative_similarity():
+  got = scores.maxsim(jnp.array([[-0.5, 0.0]]), jnp.array([True]), jnp.array([True, False]))
+  np.testing.assert_allclose(got, -0.5)
+
+
+def test_pool_maxsim_equals_own_maxsim_and_so_does_its_gradient(tiny_params):
+  model, params = tiny_params
+  batch = make_batch()
+  b, k = batch.known.shape[0], 3
+
+  def both(student):
+    q = scores.embed(student, model, batch.queries, None, query=True)
+    p = scores.embed(student, model, batch.passages, None, query=False)
+    chunked = scores.maxsim_pool(q, p, chunk=5)
+    whole = scores.maxsim(
+      jnp.einsum("bqd,npd->bnqp", q.tokens, p.tokens, preferred_element_type=jnp.float32), q.mask[:, None], p.mask[None]
+    )
+    return chunked, whole
+
+  chunked, whole = jax.jit(both)(params["student"])
+  np.testing.assert_allclose(chunked, whole, rtol=1e-6)
+  own = np.stack([np.asarray(whole)[i, i * k : (i + 1) * k] for i in range(b)])
+  np.testing.assert_allclose(score(model, params, batch).late, own, rtol=1e-5)
+  gradients = jax.jit(lambda s: [jax.grad(lambda s, i=i: (both(s)[i] ** 2).sum())(s) for i in (0, 1)])(params["student"])
+  assert distance(*gradients) < 1e-5
+
+
+def test_dual_scores_are_dot_products_of_first_tokens(tiny_params):
+  model, params = tiny_params
+  batch = make_batch()
+  hidden = lambda rows: np.asarray(jax.jit(lambda e, r: e(r)[0])(params["student"].encoder, rows))[:, 0]
+  q, p = hidden(batch.queries), hidden(batch.passages)
+  whole = q @ p.T
+  found = score(model, params, batch)
+  np.testing.assert_allclose(found.dual, np.stack([whole[i, 3 * i : 3 * i + 3] for i in range(8)]), rtol=1e-4)
+  known = (np.asarray(batch.known)[:, :, None] == np.asarray(batch.texts)).any(1)
+  assert known.sum() == 8 + 4  # the own positive of each, and a further one of every second query
+  expected = np.concatenate([np.diagonal(whole[:, ::3])[:, None], np.where(known, -np.inf, whole)], 1)
+  np.testing.assert_allclose(found.dual_pool, expected, rtol=1e-4)
+  np.testing.assert_array_equal(np.isinf(found.late_pool), np.isinf(expected))
+
+
+def test_a_passage_with_the_text_of_a_known_positive_is_never_a_negative(tiny_params):
+  model, params = tiny_params
+  batch = make_batch()
+  texts = batch.texts.at[5].set(batch.texts[0])  # the second query's list holds a copy of the first one's positive
+  pool = score(model, params, dataclasses.replace(batch, texts=texts)).dual_pool
+  assert np.isinf(pool[0, 1 + 5])
+  assert np.isfinite(pool[1, 1 + 5])
+
+
+def test_mean_pooling_cosine_and_untied_towers():
+  model = config.Model(pooling="mean", cosine=True, late_width=None, tied=False)
+  params = step.init_params(model, TINY, TINY, jax.random.key(1))
+  assert distance(params["student"].encoder, params["student"].query_encoder) == 0
+  rows = make_batch().queries
+  e = jax.jit(lambda s, r: scores.embed(s, model, r, None, query=True))(params["student"], rows)
+  hidden = np.asarray(jax.jit(lambda e, r: e(r)[0])(params["student"].query_encoder, rows))
+  for i, there in enumerate(rows.segments > 0):
+    mean = hidden[i][there].mean(0)
+    np.testing.assert_allclose(e.vector[i], mean / np.linalg.norm(mean), rtol=1e-4, atol=1e-6)
+    unit = hidden[i] / np.linalg.norm(hidden[i], axis=-1, keepdims=True)
+    np.testing.assert_allclose(e.tokens[i], unit, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_changes_no_score(tiny_params):
+  model, params = tiny_params
+  short, long = (score(model, params, make_batch(pad=pad)) for pad in (0, 3))
+  for field in ("cross", "dual", "dual_pool", "late", "late_pool"):
+    np.testing.assert_allclose(getattr(long, field), getattr(short, field), rtol=1e-4, atol=1e-5, err_msg=field)
+
+
+def test_order_of_queries_changes_no_score(tiny_params):
+  model, params = tiny_params
+  batch, order = make_batch(), np.array([3, 1, 7, 0, 2, 6, 5, 4])
+  passages = (order[:, None] * 3 + np.arange(3)).reshape(-1)
+  pick = lambda rows, index: jax.tree.map(lambda x: x[index], rows)
+  moved = scores.Batch(
+    queries=pick(batch.queries, order),
+    passages=pick(batch.passages, passages),
+    pairs=pick(batch.pairs, passages),
+    texts=batch.texts[passages],
+    known=batch.known[order],
+  )
+  a, b = score(model, params, batch), score(model, params, moved)
+  for field in ("cross", "dual", "late"):
+    np.testing.assert_allclose(getattr(b, field), np.asarray(getattr(a, field))[order], rtol=1e-4, atol=1e-5)
+
+
+def test_pair_attention_reads_the_same_tokens(tiny_params):
+  """Attention of a pair is found by the tokens' places, for queries and passages of every length."""
+  _, params = tiny_params
+  batch = make_batch()
+  _, attention = jax.jit(lambda p, r: scores.cross(p, r, None))(params, batch.pairs)
+  attention = np.asarray(attention).reshape(8, 3, *attention.shape[1:])
+  got = np.asarray(scores.pair_attention(jnp.asarray(attention), batch.queries, batch.passages.tokens.shape[1]))
+  query_content = np.asarray(scores.content(batch.queries, SPECIAL))
+  passage_content = np.asarray(scores.content(batch.passages, SPECIAL)).reshape(8, 3, -1)
+  compared = 0
+  for i in range(8):
+    for j in range(3):
+      pair = np.asarray(batch.pairs.tokens)[3 * i + j]
+      middle = np.flatnonzero(pair == 2)[0]  # [SEP] after the query
+      for t in np.flatnonzero(query_content[i]):
+        assert pair[t] == batch.queries.tokens[i, t]
+        for u in np.flatnonzero(passage_content[i, j]):
+          assert pair[middle + u] == batch.passages.tokens[3 * i + j, u]
+          assert got[i, j, t, u] == attention[i, j, t, middle + u]
+          compared += 1
+  assert compared > 200
+
+
+def test_special_tokens_are_no_content():
+  rows = jax.tree.map(jnp.asarray, make_rows(rng, [[np.array([7, 8], np.int32)]], 6))
+  np.testing.assert_array_equal(scores.content(rows, SPECIAL), [[False, True, True, False, False, False]])
+
+
+def test_what_no_term_asks_for_is_not_scored(tiny_params):
+  model, params = tiny_params
+  train = config.Train(batch=8, weights=config.Weights.only(nll_de=1))
+  found = score(model, params, make_batch(), train)
+  assert all(getattr(found, name) is None for name in ("cross", "late", "late_pool", "twins", "attention"))
+  train = config.Train(batch=8, negatives=2, weights=config.Weights.only(nll_ce=1))
+  found = score(model, params, make_batch(), train)
+  assert [f.name for f in dataclasses.fields(found) if getattr(found, f.name) is not None] == ["cross"]
+
+
+def test_shared_encoder_and_raw_first_token():
+  model = config.Model(share_encoder=True, teacher_pooler=False)
+  params = step.init_params(model, TINY, TINY, jax.random.key(1))
+  assert params["teacher"].encoder is None
+  rows = make_batch().pairs
+  got, _ = jax.jit(lambda p, r: scores.cross(p, r, None))(params, rows)
+  hidden = jax.jit(lambda e, r: e(r)[0])(params["student"].encoder, rows)[:, 0]
+  head = params["teacher"].head
+  np.testing.assert_allclose(got, (hidden @ head.kernel[...] + head.bias[...])[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_unit_has_length_1_and_a_finite_gradient_at_0():
+  x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+  np.testing.assert_allclose(scores.unit(x), [[0.6, 0.8], [0, 0]], rtol=1e-6)
+  assert jnp.isfinite(jax.grad(lambda x: scores.unit(x).sum())(x)).all()
+
+
+def test_twins_differ_only_by_dropout(tiny_params):
+  model, params = tiny_params
+  still = score(model, params, make_batch(), key=None)
+  np.testing.assert_array_equal(*still.twins)
+  noisy = score(model, params, make_batch(), key=jax.random.key(0))
+  assert np.abs(noisy.twins[0] - noisy.twins[1]).max() > 1e-3
+
+
+def test_encoder_is_what_a_tower_uses(tiny_params):
+  _, params = tiny_params
+  assert isinstance(params["student"].encoder, Encoder)
+  assert params["student"].query_encoder is None

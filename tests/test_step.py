@@ -1,0 +1,162 @@
+"""The one training step: devices, retraces, what is trained, what is frozen."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import TINY, distance, make_batch
+
+from ernie_jax import config, mesh, step
+from ernie_jax.config import Optimizer, Train, Weights
+
+FULL = Train(steps=4, batch=8, negatives=2, late_pool="global", optimizer=Optimizer(learning_rate=1e-3))
+
+
+def gradients(model, train, params, batch, key):
+  return jax.jit(jax.value_and_grad(lambda p: step.loss(p, batch, model, train, key), has_aux=True))(params)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_params):
+  """Loss, terms and gradients without any mesh: every term on, dropout on, hard negatives there."""
+  model, params = tiny_params
+  return gradients(model, FULL, params, make_batch(), jax.random.key(7))
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_loss_and_gradients_do_not_depend_on_the_number_of_devices(tiny_params, alone, devices):
+  model, params = tiny_params
+  grid = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+  with jax.set_mesh(grid):
+    batch = mesh.shard(jax.tree.map(np.asarray, make_batch()), grid)
+    got = gradients(model, FULL, mesh.whole(params, grid), batch, jax.random.key(7))
+    jax.block_until_ready(got)
+  (value, terms), gradient = jax.device_get(got)
+  (expected, expected_terms), expected_gradient = jax.device_get(alone)
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  assert set(terms) == set(Weights().active)
+  for name in terms:
+    np.testing.assert_allclose(terms[name], expected_terms[name], rtol=1e-5, err_msg=name)
+  assert distance(gradient, expected_gradient) < 1e-5
+
+
+def test_unrolled_and_rematerialised_equals_scanned(tiny_params, alone):
+  model, _ = tiny_params
+  other = dataclasses.replace(model, scan=False, remat=True)
+  tree = step.init_params(other, TINY, TINY, jax.random.key(0))
+  (value, _), gradient = gradients(other, FULL, tree, make_batch(), jax.random.key(7))
+  np.testing.assert_allclose(value, alone[0][0], rtol=1e-5)
+  assert distance(gradient, alone[1]) < 1e-5
+
+
+def test_one_compilation_and_a_donated_state(tiny_params):
+  model, params = tiny_params
+  train_step = step.make_train_step(model, FULL)
+  state = step.init_state(jax.tree.map(jnp.copy, params), model, FULL)
+  first = jax.tree.leaves(state.params)[0]
+  rates = []
+  for seed in range(3):
+    state, logs = train_step(state, make_batch(seed), jax.random.key(0))
+    rates.append(float(logs["learning_rate"]))
+  assert train_step._cache_size() == 1
+  assert first.is_deleted()
+  assert int(state.step) == 3
+  assert set(logs) == set(Weights().active) | {"total", "gradient_norm", "learning_rate"}
+  np.testing.assert_allclose(logs["total"], sum(logs[t] for t in Weights().active), rtol=1e-5)
+
+
+def moved(model, train, params):
+  """Names of parameters that one step changes."""
+  before = jax.device_get(params)
+  state = step.init_state(jax.tree.map(jnp.copy, params), model, train)
+  state, _ = step.make_train_step(model, train)(state, make_batch(), jax.random.key(0))
+  names = jax.tree.leaves(step.names(before))
+  pairs = zip(names, jax.tree.leaves(before), jax.tree.leaves(state.params))
+  return {name for name, old, new in pairs if not np.array_equal(old, new)}
+
+
+ONE = Optimizer(learning_rate=1e-3, warmup=0.0)
+
+
+def test_warming_up_the_teacher_leaves_the_student_alone(tiny_params):
+  model, params = tiny_params
+  train = Train(steps=4, batch=8, negatives=2, weights=Weights.only(nll_ce=1), optimizer=ONE)
+  changed = moved(model, train, params)
+  assert changed
+  assert all(name.startswith("teacher.") for name in changed)
+
+
+def test_interaction_distillation_leaves_the_teacher_alone(tiny_params):
+  model, params = tiny_params
+  weights = Weights.only(nll_de=1, nll_li=1, kl_li_de=1)
+  train = Train(steps=4, batch=8, negatives=2, weights=weights, late_pool="global", optimizer=ONE)
+  changed = moved(model, train, params)
+  assert "student.projection.kernel" in changed
+  assert all(name.startswith("student.") for name in changed)
+
+
+def test_a_frozen_teacher_teaches_and_stays(tiny_params):
+  model, params = tiny_params
+  weights = dataclasses.replace(Weights(), nll_ce=0)
+  train = Train(steps=4, batch=8, negatives=2, weights=weights, frozen_teacher=True, optimizer=ONE)
+  changed = moved(model, train, params)
+  assert changed
+  assert all(name.startswith("student.") for name in changed)
+
+
+def test_the_teacher_learns_only_from_its_own_loss(tiny_params):
+  """Its gradient under all terms is its gradient under nll_ce alone (without dropout, keys differ)."""
+  model, params = tiny_params
+  alone = dataclasses.replace(FULL, weights=Weights.only(nll_ce=1))
+  _, full = gradients(model, FULL, params, make_batch(), None)
+  _, own = gradients(model, alone, params, make_batch(), None)
+  assert distance(full["teacher"], own["teacher"]) < 1e-5
+  assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(own["student"])) == 0.0
+
+
+def test_a_term_of_weight_0_costs_nothing(tiny_params):
+  model, params = tiny_params
+
+  def flops(weights):
+    train = dataclasses.replace(FULL, weights=weights)
+    state = step.init_state(params, model, train)
+    compiled = step.make_train_step(model, train).lower(state, make_batch(), jax.random.key(0)).compile()
+    return compiled.cost_analysis()["flops"]
+
+  only_dual = flops(Weights.only(nll_de=1))
+  assert only_dual < flops(Weights.only(nll_de=1, nll_li=1)) < flops(Weights())
+
+
+def test_learning_rate_goes_up_then_down():
+  train = Train(steps=100, negatives=1, optimizer=Optimizer(learning_rate=1.0, warmup=0.1))
+  rate = np.array([float(step.schedule(1.0, train)(n)) for n in range(100)])
+  np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10, rtol=1e-6)
+  np.testing.assert_allclose(rate[10:], np.arange(90, 0, -1) / 90, rtol=1e-6)
+  whole = Train(steps=3, negatives=1, optimizer=Optimizer(learning_rate=1.0, warmup=0.0))
+  assert float(step.schedule(1.0, whole)(0)) == 1.0
+
+
+def test_no_decay_on_norms_and_biases(tiny_params):
+  _, params = tiny_params
+  names = jax.tree.leaves(step.names(params))
+  kept = {name for name in names if not step.decays(name)}
+  assert "student.encoder.layers.attention_norm.scale" in kept
+  assert "student.encoder.norm.bias" in kept
+  assert "teacher.head.bias" in kept
+  assert {name for name in names if name.endswith((".kernel", ".embedding"))} == set(names) - kept
+
+
+def test_head_learning_rate_is_the_heads(tiny_params):
+  model, params = tiny_params
+  heads = {name for name in jax.tree.leaves(step.names(params)) if step.group(name, model, Weights()) == "head"}
+  assert heads == {"student.projection.kernel", "teacher.head.kernel", "teacher.head.bias"}
+  assert config.Optimizer().head_learning_rate is None
+
+
+def test_names_are_unique_and_keep_parts_called_value(tiny_params):
+  model, params = tiny_params
+  names = jax.tree.leaves(step.names(step.init_state(params, model, FULL)))
+  assert len(names) == len(set(names))
+  assert "params.student.encoder.layers.value.kernel" in names
