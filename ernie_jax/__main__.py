@@ -34,7 +34,7 @@ class Run:
   """Runs the whole strategy in a folder, or continues it there."""
 
   output: Path  # the run's folder
-  config: tyro.conf.OmitArgPrefixes[Config]
+  config: Annotated[Config, tyro.conf.arg(name="")]  # its fields are flags without a prefix
   fresh: bool = False  # delete what the folder holds of an earlier run, and start anew
 
 

@@ -1,7 +1,7 @@
-"""What all retrieval data sets share: one form of rows, one builder (TFDS, without TensorFlow), one way to load.
+"""What all retrieval data sets share: one form of rows, one TFDS builder (no TensorFlow), one way to load.
 
-A source is one file beside this one; it says which rows there are. Everything else happens here: rows are written
-once, as array_record files in the cache, and read back in the order in which the source gave them.
+A source is one file beside this one; it says which rows there are. Everything else happens here: rows are
+written once, as array_record files in the cache, and read back in the order in which the source gave them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Corpus:
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-  """The queries of a split: three lists of the same length; `positives` holds ids of passages, at least one each."""
+  """The queries of a split: three lists of the same length; `positives` are passage ids, one or more each."""
 
   ids: list[str]
   texts: list[str]
@@ -81,6 +81,8 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
   """A TFDS builder whose subclass only says what its rows are."""
 
   VERSION = tfds.core.Version("1.0.0")
+  # TFDS would seek checksums of downloads beside the code, through a package that it does not install.
+  code_path = None
 
   @abc.abstractmethod
   def rows(self) -> Rows:
@@ -111,8 +113,8 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
 def load(data: Data) -> Dataset:
   """Reads the data set from the cache; prepares it there first if need be.
 
-  Safe to kill and safe to run in several processes: one of them prepares into a temporary folder that is renamed when
-  it is whole, the others wait. Raises a `UserError` if the data set cannot be made or the cache cannot be written.
+  Safe to kill and safe to run in several processes: one of them prepares into a temporary folder that is
+  renamed when it is whole, the others wait. Raises a `UserError` if the data set cannot be made or written.
   """
   from ernie_jax.datasets import docstrings
 
@@ -124,7 +126,7 @@ def load(data: Data) -> Dataset:
 
 
 def prepare(builder: RetrievalBuilder, directory: Path) -> None:
-  """Writes the data set of a builder below `directory`, unless it is there. Raises a `UserError` if it cannot."""
+  """Writes the data set of a builder below `directory`, unless it is there; a `UserError` if that fails."""
   place = Path(builder.data_dir)
   if place.is_dir():
     return

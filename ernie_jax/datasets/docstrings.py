@@ -1,8 +1,8 @@
 """Retrieval data that every machine with Python has: the docstrings of its installed packages.
 
-A query is a docstring's summary line; its passage is the public qualified name and the rest of the docstring. Source
-files are read with `ast`; no package is imported. In order: find the files, parse them, name what they define as a
-user would import it, clean, collapse near-duplicates, split.
+A query is a docstring's summary line; its passage is the public qualified name and the rest of the docstring.
+Source files are read with `ast`; no package is imported. In order: find the files, parse them, name what they
+define as a user would import it, clean, collapse near-duplicates, split.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import gc
 import hashlib
 import importlib.metadata
 import inspect
+import itertools
 import platform
 import re
 import sysconfig
@@ -35,7 +36,7 @@ MOST_BODIES = 8  # a summary of more bodies than this is boilerplate
 JACCARD = 0.7  # bodies this close are one passage
 TEST, DEV = 0.10, 0.05  # shares of the queries
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------- files
 
 NO_SOURCES = {"test", "tests", "idle_test", "site-packages", "dist-packages", "lib-dynload", "__pycache__"}
 
@@ -49,7 +50,7 @@ class Source(NamedTuple):
 
 
 def version(package: str) -> str:
-  """The installed version of a distribution, or of Python for "python". Raises a `UserError` if there is none."""
+  """The installed version of a distribution, "python" being Python itself; a `UserError` if there is none."""
   if package == "python":
     return platform.python_version()
   try:
@@ -105,7 +106,7 @@ def module_of(file: Path) -> tuple[str, bool]:
   return ".".join(parts[:-1] if package else parts), package
 
 
-# ------------------------------------------------------------------------------------------------ parsing
+# -------------------------------------------------------------------------------- parsing
 
 
 @dataclasses.dataclass
@@ -116,6 +117,7 @@ class Module:
   package: bool
   docs: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)  # () is the module itself
   defined: set[str] = dataclasses.field(default_factory=set)  # top-level classes and functions
+  classes: set[str] = dataclasses.field(default_factory=set)  # those of them that are classes
   imported: dict[str, tuple[str, str]] = dataclasses.field(
     default_factory=dict
   )  # name -> (module, name there)
@@ -158,6 +160,7 @@ def _visit(module: Module, body: list[ast.stmt], outer: tuple[str, ...], head: b
       case ast.ClassDef(name=name, body=inner):
         if not outer:
           module.defined.add(name)
+          module.classes.add(name)
         _visit(module, inner, (*outer, name))
       case ast.FunctionDef(name=name, body=inner) | ast.AsyncFunctionDef(name=name, body=inner):
         # What a function defines within itself has no public name: its body is not entered.
@@ -186,6 +189,12 @@ def _visit(module: Module, body: list[ast.stmt], outer: tuple[str, ...], head: b
         module.exported = (module.exported or set()) | {
           text for each in names if (text := _string(each)) is not None
         }
+      case ast.Assign(targets=[ast.Name(id=name)], value=value) if not outer:
+        # `pad = _pad` and `norm = norm_gen(...)`: known by the new name if that is the one re-exported.
+        instance = isinstance(value, ast.Call)
+        origin = value.func if isinstance(value, ast.Call) else value
+        if isinstance(origin, ast.Name) and origin.id in (module.classes if instance else module.defined):
+          module.imported.setdefault(name, (module.name, origin.id))
       case ast.Expr(value=ast.Call() as call):
         module.added += _newdocs(call)
 
@@ -213,9 +222,9 @@ def _string(node: ast.AST) -> str | None:
 
 
 def _newdocs(call: ast.Call) -> Iterator[tuple[str | None, tuple[str, ...], str]]:
-  """(module, path, docstring) of `add_newdoc("numpy", "ndarray", doc)`, `..., ("shape", doc))`, `..., [(...), ...])`.
+  """(module, path, docstring) of `add_newdoc("numpy", "ndarray", doc)`, `(..., ("base", doc))`, `(..., [])`.
 
-  scipy.special's own form `add_newdoc("gamma", doc)` names no module: the one in whose file it stands, or None.
+  scipy.special's own form `add_newdoc("gamma", doc)` has no module (None): it means its file's package.
   """
   name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
   if name != "add_newdoc":
@@ -239,7 +248,7 @@ def _members(place: str, thing: str, pairs: list) -> Iterator[tuple[str, tuple[s
       yield place, (*thing.split("."), name), text
 
 
-# ------------------------------------------------------------------------------------------------ public names
+# -------------------------------------------------------------------------------- public names
 
 
 def public(*parts: str) -> bool:
@@ -257,10 +266,10 @@ class Doc(NamedTuple):
 def name_docs(modules: list[Module]) -> list[Doc]:
   """Every docstring of something with a public name, once, in the order of the modules.
 
-  `numpy/lib/_arraypad_impl.py` defines `pad`; `numpy/__init__.py` imports it: its name is `numpy.pad`. So imports are
-  followed, but only those that re-export: in a package's `__init__.py`, through `*`, through `__all__` or as
-  `import x as x`. A definition in a public module keeps its place, unless a package that holds the module re-exports
-  it. What no public module offers is left out.
+  `numpy/lib/_arraypad_impl.py` defines `pad`; `numpy/__init__.py` imports it: its name is `numpy.pad`. So
+  imports are followed, but only those that re-export: in a package's `__init__.py`, through `*`, through
+  `__all__` or as `import x as x`. A definition in a public module keeps its place, unless a package that holds
+  the module re-exports it. What no public module offers is left out.
   """
   table: dict[str, Module] = {}
   for module in modules:
@@ -294,7 +303,7 @@ def _place_newdocs(table: dict[str, Module]) -> None:
 
 
 def _aliases(table: dict[str, Module]) -> dict[tuple[str, str], str]:
-  """(module, name) of a definition -> the public name it is best known by, where that is not its own place."""
+  """(module, name) of a definition -> the public name it is best known by, if that is not its own place."""
 
   def bound(module: Module, seen: frozenset[str] = frozenset()) -> set[str]:
     """Names that `from module import *` brings."""
@@ -343,7 +352,7 @@ def _aliases(table: dict[str, Module]) -> dict[tuple[str, str], str]:
   return {origin: name for origin, (_, name) in best.items()}
 
 
-# ------------------------------------------------------------------------------------------------ cleaning
+# -------------------------------------------------------------------------------- cleaning
 
 SIGNATURE = re.compile(r"^[\w.]+\s?\(.*\)(\s*(->|=).*)?$", re.DOTALL)
 UNDERLINE = re.compile(r"^\s*([-=~^*`#\"'+])\1{2,}\s*$", re.MULTILINE)
@@ -356,7 +365,7 @@ DIRECTIVE = re.compile(r"^[ \t]*\.\.[ \t].*$", re.MULTILINE)  # link targets and
 ROLE = re.compile(r":[a-zA-Z][\w:+-]*:`~?\.?([^`<]*?)(?:\s*<[^`]*>)?`")
 TICKS = re.compile(r"`+([^`]*)`+_{0,2}")
 STARS = re.compile(r"(?<!\w)(\*{1,2})(?=\w)([^*\n]*\w)\1(?!\w)")
-# "x (int): the number", "x: int, the number", "x : array", ":param x:", "- item", "@tag": parts of lists, no sentences.
+# "x (int): the number", "x: int, the number", "x : array", ":param x:", "- item", "@tag": no sentences.
 ITEM = re.compile(r"^(\w+\s*\([^)]*\)\s*:|\w+\s+:\s|\w+:\s|[:@>$#\-*+|.])")
 # Notes to the maintainers of the code, which nobody would search for.
 NOTE = re.compile(
@@ -420,19 +429,19 @@ def normalise(summary: str) -> str:
 
 
 def split_of(normalised: str) -> str:
-  """train, dev or test, by a hash of the normalised summary: the same on every machine and in every version."""
+  """train, dev or test, by a hash of the normalised summary: the same on every machine, in every version."""
   share = int(hashlib.sha256(normalised.encode()).hexdigest()[:8], 16) / 2**32
   return "test" if share < TEST else "dev" if share < TEST + DEV else "train"
 
 
-# ------------------------------------------------------------------------------------------------ near-duplicates
+# -------------------------------------------------------------------------------- near-duplicates
 
 
 def collapse(bodies: list[str]) -> list[int]:
-  """For every body, the index of the passage that stands for it: its own, or that of an earlier near-duplicate.
+  """For every body, the index of the body that stands for it: its own, or that of an earlier near-duplicate.
 
-  Two bodies are near-duplicates if the sets of their words, two at a time, overlap by `JACCARD` or more. Minhash
-  finds the candidates, the exact overlap decides.
+  Two bodies are near-duplicates if the sets of their words, two at a time, overlap by `JACCARD` or more.
+  Minhash finds the candidates, the exact overlap decides.
   """
   import datasketch
 
@@ -454,18 +463,19 @@ def collapse(bodies: list[str]) -> list[int]:
 
 def _shingles(body: str) -> set[bytes]:
   words = [word.encode() for word in body.lower().split()]
-  return {first + b" " + second for first, second in zip(words, words[1:])} or set(words)
+  return {first + b" " + second for first, second in itertools.pairwise(words)} or set(words)
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# -------------------------------------------------------------------------------- rows
 
 
 def make_rows(docs: Iterable[Doc]) -> Rows:
   """Corpus and queries of train, dev and test.
 
-  The corpus holds the passages with a usable summary. Everything with the same normalised summary is one query.
+  The corpus holds the passages with a usable summary. Equal normalised summaries are one query.
   """
-  entries, bodies_of = [], {}
+  entries: list[tuple[str, str, str]] = []
+  bodies_of: dict[str, set[str]] = {}
   for doc in docs:
     summary, body = divide(doc.text)
     if is_query(summary) and is_passage(body):
@@ -487,7 +497,7 @@ def make_rows(docs: Iterable[Doc]) -> Rows:
   return dict(rows)
 
 
-# ------------------------------------------------------------------------------------------------ the builder
+# -------------------------------------------------------------------------------- the builder
 
 
 @dataclasses.dataclass(eq=False)
@@ -516,8 +526,8 @@ class Docstrings(RetrievalBuilder):
 def builder(data: Data, directory: Path) -> Docstrings:
   """The builder for `data.packages`, with its files below `directory`.
 
-  Its configuration is named after the installed versions, so an upgrade makes a new data set. Raises a `UserError` if
-  a package is not installed.
+  Its configuration is named after the installed versions, so an upgrade makes a new data set. Raises a
+  `UserError` if a package is not installed.
   """
   packages = tuple(dict.fromkeys(data.packages))
   versions = [f"{package} {version(package)}" for package in packages]
