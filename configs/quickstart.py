@@ -18,7 +18,7 @@ config = Config(
     scan=False,
   ),
   interaction=Train(
-    steps=102,
+    steps=82,
     batch=64,
     weights=Weights.only(nll_de=1, nll_li=1, kl_li_de=1),
     temperature=temperature,
@@ -27,7 +27,7 @@ config = Config(
   ),
   mine=Mine(first=1, last=30),
   warmup=Train(
-    steps=80, batch=8, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-4)
+    steps=60, batch=8, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-4)
   ),
   cascade=Train(
     steps=60,
@@ -37,5 +37,5 @@ config = Config(
     temperature=temperature,
     optimizer=Optimizer(learning_rate=3e-5),
   ),
-  evaluate=Evaluate(late_depth=100, cross_depth=100),
+  evaluate=Evaluate(late_depth=100, cross_depth=20),
 )

@@ -6,9 +6,11 @@ Where the paper is silent, the choice made here is a field, and its comment says
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +25,19 @@ def check(condition: bool, field: str, value: Any, remedy: str) -> None:
     raise UserError(f"{field}={value!r}: {remedy}")
 
 
-def write(path: Path, content: str | bytes) -> None:
-  """Writes a whole file or none: to a temporary name in the same folder, then renamed."""
+def write(path: Path, content: bytes | str | Iterable[str]) -> None:
+  """Writes a whole file or none: to a temporary name in the same folder, then renamed. `UserError` if it cannot."""
   temporary = path.with_name(f"{path.name}.writing-{os.getpid()}")
+  chunks = [content] if isinstance(content, bytes | str) else content
   try:
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    with open(temporary, "wb") as file:
+      file.writelines(chunk.encode() if isinstance(chunk, str) else chunk for chunk in chunks)
     os.replace(temporary, path)
+  except OSError as error:
+    raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
   finally:
-    temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,14 @@ One order everywhere: by score, descending; equal scores by passage id, descendi
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from ernie_jax import config
 from ernie_jax.config import UserError
 
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score
@@ -48,7 +48,7 @@ def write_run(run: Run, path: str | Path, tag: str) -> None:
 
   if not any(run.values()):
     raise UserError(f"{path}: the run is empty: give it at least one query with one passage")
-  replace(path, lines())
+  config.write(Path(path), lines())
 
 
 def read_run(path: str | Path) -> Run:
@@ -65,30 +65,12 @@ def write_qrels(qrels: Qrels, path: str | Path) -> None:
   if not any(qrels.values()):
     raise UserError(f"{path}: the qrels are empty: give them at least one query with one passage")
   rows = ((qid, pid, relevance) for qid, judged in qrels.items() for pid, relevance in judged.items())
-  replace(path, (f"{_id(qid, path)} 0 {_id(pid, path)} {int(relevance)}\n" for qid, pid, relevance in rows))
+  config.write(Path(path), (f"{_id(qid, path)} 0 {_id(pid, path)} {int(relevance)}\n" for qid, pid, relevance in rows))
 
 
 def read_qrels(path: str | Path) -> Qrels:
   """Reads `qid 0 pid rel`; raises `UserError` as `read_run` does."""
   return _read(path, "qid 0 pid rel", value=3, parse=_relevance)
-
-
-def replace(path: str | Path, chunks: Iterable[str]) -> None:
-  """Writes a text file under a temporary name beside `path`, then renames it: never a half-written file.
-
-  Raises `UserError` when the operating system refuses; whatever `chunks` raises passes through.
-  """
-  path = Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-      file.writelines(chunks)
-    os.replace(temporary, path)
-  except OSError as error:
-    raise UserError(f"{path}: cannot be written: {error.strerror or error}; choose another place") from error
-  finally:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
 
 
 def _id(text: str, path: str | Path) -> str:
@@ -257,6 +239,7 @@ def bm25(passages: list[str], ids: list[str], queries: dict[str, str], depth: in
   import Stemmer
   from bm25s.stopwords import STOPWORDS_EN
 
+  logging.getLogger("bm25s").setLevel(logging.WARNING)
   stemmer, stop = Stemmer.Stemmer("english"), frozenset(STOPWORDS_EN)
   stems = lambda text: stemmer.stemWords([word for word in words(text) if word not in stop])
   corpus = [stems(passage) for passage in passages]

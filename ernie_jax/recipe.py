@@ -301,7 +301,7 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
   if (place / "manifest.json").is_file():
     say(f"{name}: done before")
     return finished(place, params, current.config.model, stage)
-  trained: list[Params] = []
+  trained: list[Params] = []  # handed out of the stage
 
   def work(place: Path) -> dict[str, Any]:
     texts = batches.Texts(
@@ -313,8 +313,9 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
       current.tokenizer,
     )
     seed = 1000 * TRAINED.index(name) + current.config.seed
-    trained.append(train(place, params, texts, current.config.model, current.config.data, stage, seed))
-    return {"steps": stage.steps, "batch": stage.batch, "negatives": stage.negatives}
+    result, compilations = train(place, params, texts, current.config.model, current.config.data, stage, seed)
+    trained.append(result)
+    return {"steps": stage.steps, "batch": stage.batch, "negatives": stage.negatives, "compilations": compilations}
 
   current.stage(name, work)
   return trained[0]

@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ernie_jax import config
 from ernie_jax.config import UserError
-from ernie_jax.evaluate import MEASURES, SYSTEMS, replace
+from ernie_jax.evaluate import MEASURES, SYSTEMS
 
 NAMES = {
   "bm25": "BM25",
@@ -45,7 +46,7 @@ def write_report(directory: str | Path) -> Path:
     f"<p class=lead>{_summary(results, manifest)}</p></header>",
     _section("Results", _results(results)),
     _section(HEADLINE, _bars((NAMES[key], results.get(key), key == "dual") for key in SYSTEMS)),
-    _section("Dual-encoder after each stage", _stages(results, manifest)),
+    _section("Student after each stage", _stages(results, manifest)),
     _section("Is the teacher better than its student?", _teacher(_dict(manifest.get("teacher_check")))),
     *(_section(f"Training: {stage}", _curves(directory / stage / "log.jsonl")) for stage in TRAINED),
     _section("Time", _times(_dict(manifest.get("stages")))),
@@ -64,7 +65,7 @@ def write_report(directory: str | Path) -> Path:
 {"".join(line + chr(10) for line in body if line)}</main></body>
 </html>
 """
-  replace(directory / "report.html", [page])
+  config.write(directory / "report.html", page)
   return directory / "report.html"
 
 
@@ -124,14 +125,18 @@ def _results(results: dict) -> str:
 
 
 def _stages(results: dict, manifest: dict) -> str:
-  rows = {stage: _dict(row) for stage, row in _dict(results.get("stages")).items()}
+  rows = {
+    (stage, system): _dict(row)
+    for stage, systems in _dict(results.get("stages")).items()
+    for system, row in _dict(systems).items()
+  }
   columns = _columns(rows)
   kept = manifest.get("best_stage")
   body = []
-  for stage, row in rows.items():
+  for (stage, system), row in rows.items():
     note = "<small>kept: the weights behind the results above</small>" if stage == kept else ""
     cells = "".join(f"<td>{_three(row.get(measure))}</td>" for measure in columns)
-    body.append(f"<tr><th scope=row>{_text(stage)}{note}</th>{cells}</tr>")
+    body.append(f"<tr><th scope=row>{_text(stage)}: {_text(NAMES.get(system, system))}{note}</th>{cells}</tr>")
   return _table(columns, body, "narrow") if body else ""
 
 

@@ -101,6 +101,16 @@ def embed(student: Student, model: config.Model, rows: Rows, key: Key[Array, ""]
   return Embeddings(unit(vector) if model.cosine else vector, unit(tokens), mask)
 
 
+def embed_copies(
+  student: Student, model: config.Model, rows: Rows, key: Key[Array, ""] | None, query: bool, copies: int
+) -> list[Embeddings]:
+  """`embed` of several copies of the same rows in one forward pass."""
+  repeat = lambda x: jnp.broadcast_to(x[:, None], (len(x), copies, *x.shape[1:])).reshape(-1, *x.shape[1:])
+  together = embed(student, model, jax.tree.map(repeat, rows), key, query)
+  apart = jax.tree.map(lambda x: x.reshape(-1, copies, *x.shape[1:]), together)
+  return [jax.tree.map(lambda x: x[:, i], apart) for i in range(copies)]
+
+
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
   """x / |x|, with a finite gradient at 0."""
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
@@ -185,7 +195,7 @@ def score(
   weights, scores = train.weights, {}
   size = len(batch.known)  # B
   own = lambda x: x.reshape(size, len(batch.texts) // size, *x.shape[1:])  # [B*K, ...] -> [B, K, ...]
-  keys = (None,) * 5 if key is None else tuple(jax.random.split(key, 5))
+  keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
   student = params["student"]
 
   if weights.needs_teacher:
@@ -194,8 +204,10 @@ def score(
     scores["cross"] = own(cross_scores)
 
   if weights.needs_student:
-    q = embed(student, model, batch.queries, keys[1], query=True)
-    p = embed(student, model, batch.passages, keys[2], query=False)
+    # DualReg's twins are two copies of each row in one pass: dropout is independent between rows.
+    copies = 2 if weights.needs_twin else 1
+    q, *q_twin = embed_copies(student, model, batch.queries, keys[1], True, copies)
+    p, *p_twin = embed_copies(student, model, batch.passages, keys[2], False, copies)
     scores["dual"] = jnp.einsum("bh,bkh->bk", q.vector, own(p.vector))
     everyone = replicate(batch.texts)
     known = (batch.known[:, None, :] == everyone[None, :, None]).any(-1)  # [B, P]
@@ -203,9 +215,7 @@ def score(
     scores["dual_pool"] = pool(scores["dual"], whole, known)
 
     if weights.needs_twin:
-      q2 = embed(student, model, batch.queries, keys[3], query=True)
-      p2 = embed(student, model, batch.passages, keys[4], query=False)
-      scores["twins"] = (whole, jnp.einsum("bh,ph->bp", q2.vector, replicate(p2.vector)))
+      scores["twins"] = (whole, jnp.einsum("bh,ph->bp", q_twin[0].vector, replicate(p_twin[0].vector)))
 
     if weights.needs_late:
       similarity = matches(q, own(p.tokens))

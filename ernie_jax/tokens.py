@@ -34,7 +34,8 @@ class Tokenizer:
   @classmethod
   def wrap(cls, backend: tokenizers.Tokenizer, where: str) -> Tokenizer:
     ids = {token: backend.token_to_id(token) for token in SPECIAL}
-    missing = [token for token, i in ids.items() if i is None]
+    base = backend.get_vocab_size(with_added_tokens=False)  # loaders append what a vocabulary lacks
+    missing = [token for token, i in ids.items() if i is None or i >= base]
     if missing:
       raise UserError(f"{where}: the tokenizer lacks {', '.join(missing)}; a BERT or ERNIE tokenizer is needed")
     backend.no_truncation()  # released tokenizer.json files often carry the trainer's settings
@@ -46,6 +47,7 @@ class Tokenizer:
     """From `tokenizer.json`, or `vocab.txt` (with `tokenizer_config.json` if there is one)."""
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
       raise UserError(f"{directory}: no tokenizer.json and no vocab.txt; name a complete checkpoint directory")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch
     import transformers
 
     try:
@@ -61,12 +63,22 @@ class Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
-    backend.train_from_iterator(texts, trainer)
+    def make(model: models.WordPiece) -> tokenizers.Tokenizer:
+      backend = tokenizers.Tokenizer(model)
+      backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+      backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+      backend.decoder = decoders.WordPiece()
+      return backend
+
+    # The trainer numbers continuing letters (##a) in an order that changes from run to run, and breaks ties by number:
+    # numbered beforehand, the same corpus gives the same vocabulary.
+    draft = make(models.WordPiece(unk_token="[UNK]"))
+    split = lambda text: draft.pre_tokenizer.pre_tokenize_str(draft.normalizer.normalize_str(text))
+    inner = sorted({f"##{letter}" for text in texts for word, _ in split(text) for letter in word[1:]})
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=[*SPECIAL, *inner], show_progress=False)
+    draft.train_from_iterator(texts, trainer)
+    backend = make(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
+    backend.add_special_tokens(list(SPECIAL))
     return cls.wrap(backend, "vocabulary built from the corpus")
 
   def __len__(self) -> int:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from ernie_jax import batches, config, mesh, step
 from ernie_jax.checkpoints import Checkpoints
@@ -54,8 +53,8 @@ def train(
   data: config.Data,
   stage: config.Train,
   seed: int,
-) -> Params:
-  """Trains one stage in `directory`, or continues it, and returns the parameters after its last step.
+) -> tuple[Params, int]:
+  """Trains one stage in `directory`, or continues it: the parameters after its last step, and how often it compiled.
 
   Call under `jax.set_mesh(mesh.make())`. Leaves `checkpoints/` (state and data position), `log.jsonl` (every term of
   every step) and TensorBoard events. Raises `Interrupted` after Ctrl-C, `UserError` if the loss is not finite.
@@ -104,7 +103,7 @@ def train(
         bar.advance(1, f"loss {terms['total']:.3f}")
         if stop.asked and number < stage.steps:
           raise Interrupted(f"{directory.name}: stopped and saved after step {number}")
-  return state.params
+  return state.params, train_step._cache_size()
 
 
 def finished(directory: Path, params: Params, model: config.Model, stage: config.Train) -> Params:
@@ -140,8 +139,3 @@ class _Log:
     line = {"step": number, "terms": {k: v for k, v in terms.items() if k not in apart}}
     line |= {k: terms[k] for k in apart} | {"seconds": round(seconds, 3)}
     self.file.write(json.dumps(line) + "\n")
-
-
-def count(params: Params) -> int:
-  """Number of parameters."""
-  return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(params))

@@ -9,7 +9,7 @@ import ir_measures
 import numpy as np
 import pytest
 
-from ernie_jax import evaluate
+from ernie_jax import config, evaluate
 from ernie_jax.config import UserError
 
 
@@ -201,7 +201,7 @@ def test_a_failure_half_way_leaves_nothing(tmp_path):
     raise KeyboardInterrupt
 
   with contextlib.suppress(KeyboardInterrupt):
-    evaluate.replace(tmp_path / "file", chunks())
+    config.write(tmp_path / "file", chunks())
   assert os.listdir(tmp_path) == []
 
 

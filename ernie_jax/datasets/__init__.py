@@ -120,9 +120,9 @@ def load(data: Data) -> Dataset:
 
   directory = Path(data.cache).expanduser() / "data"
   with _quiet():
-    builder = docstrings.builder(data, directory)
-    prepare(builder, directory)
-    return read(builder)
+    prepare(docstrings.builder(data, directory), directory)
+    # A builder looks at the disk when it is made: the first may have been made before another process wrote.
+    return read(docstrings.builder(data, directory))
 
 
 def prepare(builder: RetrievalBuilder, directory: Path) -> None:

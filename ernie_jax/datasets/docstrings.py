@@ -28,7 +28,7 @@ from ernie_jax.config import Data, UserError
 from ernie_jax.datasets import RetrievalBuilder, Row, Rows
 from ernie_jax.progress import say
 
-CLEANING = 1  # raise it whenever a change below changes the rows: prepared data sets are then made anew
+CLEANING = 2  # raise it whenever a change below changes the rows: prepared data sets are then made anew
 
 SUMMARY_WORDS = (4, 40)  # fewest and most words of a query
 BODY_WORDS = 12  # fewest words of a passage
@@ -268,8 +268,8 @@ def name_docs(modules: list[Module]) -> list[Doc]:
 
   `numpy/lib/_arraypad_impl.py` defines `pad`; `numpy/__init__.py` imports it: its name is `numpy.pad`. So
   imports are followed, but only those that re-export: in a package's `__init__.py`, through `*`, through
-  `__all__` or as `import x as x`. A definition in a public module keeps its place, unless a package that holds
-  the module re-exports it. What no public module offers is left out.
+  `__all__` or as `import x as x`. A definition in a public module keeps its place, unless a package that
+  holds the module re-exports it. What no public module offers is left out.
   """
   table: dict[str, Module] = {}
   for module in modules:
@@ -332,7 +332,8 @@ def _aliases(table: dict[str, Module]) -> dict[tuple[str, str], str]:
       }
     return home(starred[place][name], name, depth + 1) if name in starred[place] else None
 
-  best: dict[tuple[str, str], tuple[int, str]] = {}
+  # The shortest name wins, and of two equally short ones that under which it was defined.
+  best: dict[tuple[str, str], tuple[int, bool, str]] = {}
   for module in table.values():
     if not public(module.name):
       continue
@@ -347,14 +348,16 @@ def _aliases(table: dict[str, Module]) -> dict[tuple[str, str], str]:
       origin = home(module.name, name)
       if origin is None or (public(*origin) and not origin[0].startswith(module.name + ".")):
         continue
-      rank = (module.name.count("."), f"{module.name}.{name}")
+      rank = (module.name.count("."), name != origin[1], f"{module.name}.{name}")
       best[origin] = min(best.get(origin, rank), rank)
-  return {origin: name for origin, (_, name) in best.items()}
+  return {origin: name for origin, (*_, name) in best.items()}
 
 
 # -------------------------------------------------------------------------------- cleaning
 
-SIGNATURE = re.compile(r"^[\w.]+\s?\(.*\)(\s*(->|=).*)?$", re.DOTALL)
+SIGNATURE = re.compile(r"^[\w.]+\s?\(.*\)(\s*(->|=).*)?(\n--)?$", re.DOTALL)
+SENTENCE = re.compile(r"(?<=[\w)][.!?])\s+(?=[A-Z])")
+LINK = re.compile(r"\s*<https?://[^>]*>|(?<=\])\(https?://[^)]*\)")
 UNDERLINE = re.compile(r"^\s*([-=~^*`#\"'+])\1{2,}\s*$", re.MULTILINE)
 DOCTEST = re.compile(r"^[ \t]*>>>.*(?:\n(?![ \t]*$).*)*", re.MULTILINE)
 FENCED = re.compile(r"^([ \t]*)```.*?^\1```[ \t]*$", re.MULTILINE | re.DOTALL)
@@ -376,7 +379,7 @@ OTHER = re.compile(r"https?://|[{}<>=|\\]{2}|[%{]\w")
 
 def clean(text: str) -> str:
   """Markup off, whitespace to single spaces: what is left is the prose as a reader sees it."""
-  text = ROLE.sub(r"\1", text)
+  text = ROLE.sub(r"\1", LINK.sub("", text))
   text = TICKS.sub(r"\1", text)
   text = STARS.sub(r"\2", text)
   return " ".join(text.encode("utf-8", "ignore").decode().split())
@@ -385,6 +388,7 @@ def clean(text: str) -> str:
 def divide(text: str) -> tuple[str, str]:
   """A docstring's summary (its first paragraph, as one line) and the rest, both cleaned.
 
+  Of a paragraph that is too long, or that leads over to a list, only the first sentence is the summary.
   Signatures that stand before the summary, code, directives and rules under headings are left out.
   """
   paragraphs = re.split(r"\n\s*\n", inspect.cleandoc(text.expandtabs()).strip())
@@ -396,7 +400,11 @@ def divide(text: str) -> tuple[str, str]:
   )
   for part in (FENCED, DOCTEST, DIRECTIVE, UNDERLINE):
     rest = part.sub("", rest)
-  return clean(paragraphs[0]), clean(rest)
+  summary, body = clean(UNDERLINE.sub("", paragraphs[0])), clean(rest)
+  if len(summary.split()) > SUMMARY_WORDS[1] or summary.endswith(":"):
+    summary, *more = SENTENCE.split(summary, maxsplit=1)
+    body = " ".join((*more, body))
+  return summary, body
 
 
 def prose(text: str) -> bool:

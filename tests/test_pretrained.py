@@ -1,0 +1,168 @@
+"""Released weights: parity with the reference implementation (stored), and checkpoints that do not fit."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ernie_jax import batches, config, pretrained, step, tokens
+from ernie_jax.config import UserError
+from ernie_jax.encoder import Encoder, Rows
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def filled(checkpoint, scan=True):
+  """Our encoder with the checkpoint's weights, no dropout."""
+  model = config.Model(scan=scan)
+  a = checkpoint.architecture
+  params = pretrained.assign(step.init_params(model, a, a, jax.random.key(0)), checkpoint, checkpoint)
+  return jax.jit(lambda rows: params["student"].encoder(rows)[0])
+
+
+@pytest.fixture(scope="module")
+def minilm():
+  try:
+    return pretrained.load(*pretrained.locate(pretrained.MINILM, Path("~/.cache/ernie_jax").expanduser()))
+  except pretrained.Unreachable as error:
+    pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_minilm_equals_the_reference_on_real_text(minilm, scan):
+  stored = np.load(FIXTURES / "minilm.npz")
+  tokenizer = tokens.Tokenizer.load(minilm.directory)
+  store = tokens.in_memory(stored["texts"].tolist(), tokenizer)
+  rows = batches.rows([[store[i]] for i in range(len(store))], stored["tokens"].shape[1], tokenizer)
+  np.testing.assert_array_equal(rows.tokens, stored["tokens"])
+  real = stored["mask"] > 0
+  np.testing.assert_array_equal(rows.segments > 0, real)
+  difference = np.abs(np.asarray(filled(minilm, scan)(rows)) - stored["hidden"])[real]
+  assert difference.max() < 1e-5
+
+
+def test_ernie_with_task_embeddings_and_relu_equals_the_reference():
+  stored = np.load(FIXTURES / "ernie.npz")
+  checkpoint = pretrained.load(FIXTURES / "ernie", "fixture")
+  assert checkpoint.architecture.tasks == 3
+  assert checkpoint.architecture.activation == "relu"
+  assert checkpoint.architecture.epsilon == 1e-5
+  ids = stored["tokens"].astype(np.int32)
+  rows = Rows(
+    ids, np.ones_like(ids), np.broadcast_to(np.arange(9, dtype=np.int32), ids.shape), stored["types"].astype(np.int32)
+  )
+  np.testing.assert_allclose(filled(checkpoint)(rows), stored["hidden"], atol=1e-5)
+
+
+@pytest.fixture
+def copy(tmp_path):
+  shutil.copytree(FIXTURES / "ernie", tmp_path / "ernie")
+  return tmp_path / "ernie"
+
+
+def edit(folder: Path, change) -> None:
+  tensors = load_file(folder / "model.safetensors")
+  change(tensors)
+  save_file(tensors, folder / "model.safetensors")
+
+
+def test_task_embeddings_follow_the_tensors_not_the_configuration(copy):
+  edit(copy, lambda t: t.pop("embeddings.task_type_embeddings.weight"))
+  assert json.loads((copy / "config.json").read_text())["use_task_id"] is True
+  assert pretrained.load(copy, "").architecture.tasks == 0
+
+
+def test_a_prefix_of_the_names_is_read_over(copy):
+  expected = pretrained.load(copy, "").encoder
+
+  def rename(tensors):
+    for name in list(tensors):
+      tensors[f"ernie.{name}"] = tensors.pop(name)
+
+  edit(copy, rename)
+  for name, x in pretrained.load(copy, "").encoder.items():
+    np.testing.assert_array_equal(x, expected[name])
+
+
+def test_a_checkpoint_without_a_pooler_has_none(copy):
+  edit(copy, lambda t: [t.pop(name) for name in list(t) if "pooler" in name])
+  assert pretrained.load(copy, "").pooler == {}
+
+
+def test_missing_and_misshaped_tensors_are_named_at_once(copy):
+  def spoil(tensors):
+    tensors.pop("encoder.layer.1.output.dense.bias")
+    tensors["embeddings.LayerNorm.weight"] = np.ones(3, np.float32)
+
+  edit(copy, spoil)
+  with pytest.raises(UserError) as error:
+    pretrained.load(copy, "")
+  assert "encoder.layer.1.output.dense.bias (missing)" in str(error.value)
+  assert "embeddings.LayerNorm.weight ((3,) instead of (16,))" in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "says"),
+  [
+    ("config.json", None, "missing"),
+    ("config.json", "{", "not valid JSON"),
+    ("config.json", '{"model_type": "gpt2"}', "bert or ernie"),
+    ("config.json", '{"model_type": "bert"}', "lacks 'vocab_size'"),
+    ("model.safetensors", None, "missing"),
+    ("model.safetensors", "", "damaged"),
+    ("model.safetensors", "x" * 99, "damaged"),
+  ],
+)
+def test_damaged_checkpoints_are_one_line(copy, name, content, says):
+  (copy / name).unlink()
+  if content is not None:
+    (copy / name).write_text(content)
+  with pytest.raises(UserError, match=says) as error:
+    pretrained.load(copy, "")
+  assert name in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("start", ["./nowhere", "/nowhere/at/all", "a", "a/b/c"])
+def test_a_path_that_is_none_is_one_line(start, tmp_path):
+  with pytest.raises(UserError, match="no such directory"):
+    pretrained.locate(start, tmp_path)
+
+
+def test_a_changed_weight_file_is_refused(minilm, tmp_path):
+  if "package" not in minilm.source:
+    pytest.skip("the weights came from the hub")
+  folder = tmp_path / "weights" / "all-MiniLM-L6-v2"
+  shutil.copytree(minilm.directory, folder)
+  raw = bytearray((folder / "vocab.txt").read_bytes())
+  raw[1000] ^= 1
+  (folder / "vocab.txt").write_bytes(raw)
+  with pytest.raises(UserError, match="SHA-256"):
+    pretrained.locate(pretrained.MINILM, tmp_path)
+
+
+def test_every_parameter_of_both_towers_is_assigned():
+  checkpoint = pretrained.load(FIXTURES / "ernie", "fixture")
+  a = checkpoint.architecture
+  model = config.Model(tied=False)
+  before = step.init_params(model, a, a, jax.random.key(0))
+  after = pretrained.assign(before, checkpoint, checkpoint)
+  names = jax.tree.leaves(step.names(before))
+  pairs = zip(names, jax.tree.leaves(before), jax.tree.leaves(after))
+  same = {name for name, x, y in pairs if np.array_equal(x, y)}
+  assert same == {"student.projection.kernel", "teacher.head.kernel", "teacher.head.bias"}
+  np.testing.assert_array_equal(
+    after["student"].query_encoder.layers.up.kernel[...][1], checkpoint.encoder["layers.up.kernel"][1]
+  )
+
+
+def test_shapes_are_those_of_the_encoder():
+  a = config.Architecture(vocabulary=7, width=4, heads=2, layers=2, inner=8, tasks=2)
+  tree = Encoder(a, jax.random.key(0))
+  assert list(pretrained.shapes(a).values()) == [x.shape for x in jax.tree.leaves(tree)]
+  assert dataclasses.replace(a, tasks=0).tasks == 0
