@@ -58,8 +58,10 @@ def parse(kind: type[T], verb: str, args: Sequence[str], default: T | None = Non
   except SystemExit as end:
     if not end.code:
       raise
-    words = re.sub(r"[^\x20-\x7e]+", " ", errors.getvalue()).replace("Parsing error", "")
-    words = re.split(r"-{10,}|For full helptext", " ".join(words.split()))[0].strip()
+    # tyro draws a box of several lines with a title: keep its words, up to the help that it repeats.
+    plain = re.sub(r"\x1b\[[0-9;]*m|[\u2500-\u257f]|-{10,}", " ", errors.getvalue())
+    _, *inside = (line.strip() for line in plain.splitlines() if line.strip())
+    words = re.split(r"Argument helptext|For full helptext", " ".join(inside))[0].strip()
     raise UserError(f"{words}; `ernie-jax {verb} --help` lists all flags") from None
 
 

@@ -1,0 +1,71 @@
+"""Settings: every check names field, value and remedy."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import pytest
+
+from ernie_jax import config
+from ernie_jax.config import UserError, Weights
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize(
+  ("make", "says"),
+  [
+    (lambda: config.Data(name="x"), "data.name='x'"),
+    (lambda: config.Data(packages=()), "data.packages=()"),
+    (lambda: config.Data(query_length=3), "data.query_length=3"),
+    (lambda: config.Architecture(width=10, heads=3), "architecture.heads=3: must divide width=10"),
+    (lambda: config.Architecture(layers=0), "architecture.layers=0"),
+    (lambda: config.Architecture(dropout=1.0), "architecture.dropout=1.0"),
+    (lambda: config.Model(late_width=0), "model.late_width=0"),
+    (lambda: config.Model(dropout=-0.1), "model.dropout=-0.1"),
+    (lambda: config.Model(share_encoder=True, teacher_start="x/y"), "model.teacher_start='x/y'"),
+    (lambda: Weights(nll_de=-1), "weights.nll_de=-1"),
+    (lambda: Weights(nll_de=float("nan")), "weights.nll_de=nan"),
+    (lambda: Weights.only(), "weights='all 0'"),
+    (lambda: config.Temperatures(late=0), "temperature.late=0"),
+    (lambda: config.Optimizer(learning_rate=0), "optimizer.learning_rate=0"),
+    (lambda: config.Optimizer(warmup=2), "optimizer.warmup=2"),
+    (lambda: config.Optimizer(clip=0), "optimizer.clip=0"),
+    (lambda: config.Train(steps=0, negatives=1), "steps=0"),
+    (lambda: config.Train(negatives=-1), "negatives=-1"),
+    (lambda: config.Train(), "negatives=0: kl_ce_de, kl_ce_li, nll_ce"),
+    (lambda: config.Train(weights=Weights.only(nll_li=1)), "late_pool='own'"),
+    (lambda: config.Train(negatives=1, frozen_teacher=True), "weights.nll_ce=1.0: trains nothing"),
+    (lambda: config.Mine(first=3, last=2), "mine.first=3"),
+    (lambda: config.Evaluate(cross_depth=0), "evaluate.cross_depth=0"),
+  ],
+)
+def test_a_wrong_value_is_named_with_its_remedy(make, says):
+  with pytest.raises(UserError) as error:
+    make()
+  assert says in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_weights_say_what_they_need():
+  assert Weights.only(nll_de=1).needs_student
+  assert not Weights.only(nll_de=1).needs_teacher
+  assert not Weights.only(nll_ce=1).needs_student
+  assert Weights.only(kl_attention=1).needs_teacher
+  assert Weights.only(kl_attention=1).needs_late
+  assert Weights.only(dualreg_query=1).needs_twin
+  assert Weights().active == {field.name for field in dataclasses.fields(Weights)}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_file_holds_a_configuration(path):
+  assert isinstance(runpy.run_path(str(path))["config"], config.Config)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+  config.write(tmp_path / "a", "one")
+  config.write(tmp_path / "a", ["t", "wo"])
+  assert (tmp_path / "a").read_bytes() == b"two"
+  with pytest.raises(UserError, match="cannot be written"):
+    config.write(tmp_path / "nowhere" / "a", b"x")
+  assert [p.name for p in tmp_path.iterdir()] == ["a"]

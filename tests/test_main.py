@@ -1,0 +1,95 @@
+"""The command line: mistakes end in one line that says what, where and what to do, with exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ernie_jax import progress
+from ernie_jax.__main__ import main
+
+TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
+
+
+@pytest.mark.parametrize(
+  ("args", "says"),
+  [
+    (["train"], "unknown verb 'train'; known are run, search"),
+    (["run"], "name a configuration file first"),
+    (["run", "nowhere.py"], "nowhere.py: no such configuration file"),
+    (["run", TINY, "--cascade.stepps", "3"], "--cascade.stepps"),
+    (["run", TINY, "--cascade.steps", "many"], "--cascade.steps"),
+    (["run", TINY, "--cascade.steps", "0"], "steps=0: must be at least 1"),
+    (["run", TINY, "--model.pooling", "max"], "--model.pooling"),
+    (["run", TINY, "--data.packages", "nosuchpackage"], "'nosuchpackage' is not installed"),
+    (["run", TINY, "--model.start", "/nowhere"], "model.start='/nowhere': no such directory"),
+    (["run", TINY, "--data.passage-length", "600"], "data.passage_length=600"),
+    (["run", TINY, "--model.dropout", "0"], "cascade.weights.dualreg_query"),
+    (["search", "/nowhere", "a query"], "/nowhere: no finished run here"),
+    (["search"], "required"),
+    (["search", "/nowhere", "--k", "0"], "--k 0"),
+  ],
+)
+def test_a_mistake_is_one_line(args, says, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  extra = ["--data.cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")] if args[1:2] == [TINY] else []
+  assert main([*args, *extra]) == 2
+  printed = capsys.readouterr()
+  errors = [line for line in printed.err.splitlines() if line.startswith("ernie-jax: ")]
+  assert len(errors) == 1
+  assert says in errors[0]
+  assert printed.err.splitlines()[-1] == errors[0]
+  assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+  ("content", "says"),
+  [("config = 3", "defines no `config"), ("config =", "SyntaxError"), ("from ernie_jax.config import *\nMine(3, 2)", "mine.first=3")],
+)
+def test_a_wrong_configuration_file_is_one_line(content, says, tmp_path, capsys):
+  (tmp_path / "c.py").write_text(content)
+  assert main(["run", str(tmp_path / "c.py")]) == 2
+  message = capsys.readouterr().err
+  assert says in message
+  assert "c.py" in message
+  assert message.count("\n") == 1
+
+
+def test_an_output_that_cannot_be_one_is_refused(tmp_path, capsys):
+  (tmp_path / "file").write_text("")
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "thesis.txt").write_text("")
+  for name, says in (("file", "is a file"), ("full", "holds files but no run")):
+    assert main(["run", TINY, "--output", str(tmp_path / name)]) == 2
+    assert says in capsys.readouterr().err
+    assert main(["run", TINY, "--output", str(tmp_path / name), "--fresh"]) == 2
+  assert (tmp_path / "full" / "thesis.txt").exists()
+
+
+def test_help_and_nothing(capsys):
+  assert main(["--help"]) == 0
+  assert main([]) == 2
+  assert "run CONFIG" in capsys.readouterr().out
+
+
+def test_every_field_is_a_flag():
+  done = subprocess.run([sys.executable, "-m", "ernie_jax", "run", "--help"], capture_output=True, text=True)
+  assert done.returncode == 0
+  for flag in ("--cascade.weights.kl-ce-li", "--seed", "--fresh", "--model.late-width"):
+    assert flag in done.stdout
+
+
+def test_progress_is_line_wise_without_a_terminal(capsys, monkeypatch):
+  monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+  with progress.Progress("encode", 3, "texts") as bar:
+    for _ in range(3):
+      bar.advance(1, "loss 1")
+  printed = capsys.readouterr().err.splitlines()
+  assert printed[0].startswith("  encode: 1/3 texts, ")
+  assert printed[0].endswith("left, loss 1")
+  assert printed[-1] == "  encode: 3 texts in 0:00"
+
+
+def test_clock():
+  assert [progress.clock(s) for s in (0, 59.9, 93.4, 3600, 7384)] == ["0:00", "0:59", "1:33", "1:00:00", "2:03:04"]

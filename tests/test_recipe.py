@@ -1,0 +1,210 @@
+"""The whole tiny recipe in real processes: what it leaves, and that no interruption changes its result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ernie_jax import evaluate, recipe
+from ernie_jax.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+STAGES = ("prepare", "baselines", "interaction", "mine", "warmup", "check", "cascade", "encode", "evaluate")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  return tmp_path_factory.mktemp("recipe")
+
+
+def begin(place: Path, output: Path) -> subprocess.Popen:
+  """Starts the tiny recipe as a user does; compiled programs are shared between the starts of this test."""
+  flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+  cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+  command = [sys.executable, "-m", "ernie_jax", "run", "configs/tiny.py", "--output", str(output)]
+  return subprocess.Popen(
+    [*command, "--data.cache", str(place / "cache")],
+    cwd=ROOT,
+    env=os.environ | cache | {"XLA_FLAGS": flags},
+    stdout=subprocess.PIPE,
+    stderr=open(f"{output}.log", "a"),
+    text=True,
+  )
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+  """An uninterrupted run."""
+  process = begin(place, place / "whole")
+  printed, _ = process.communicate()
+  assert process.returncode == 0, Path(f"{place / 'whole'}.log").read_text()
+  return place / "whole", printed
+
+
+@pytest.mark.timeout(600)
+def test_it_leaves_what_the_readme_says(whole):
+  directory, printed = whole
+  results = json.loads((directory / "metrics.json").read_text())
+  for system in evaluate.SYSTEMS:
+    assert {"MRR@10", "R@20", "nDCG@10"} <= set(results[system])
+    assert f"{results[system]['MRR@10']:.3f}" in printed
+  assert results["depth"] == {"late": 20, "cross": 5}
+  manifest = json.loads((directory / "manifest.json").read_text())
+  assert set(manifest["stages"]) == set(STAGES)
+  assert all(stage["seconds"] > 0 for stage in manifest["stages"].values())
+  assert "<svg" in (directory / "report.html").read_text()
+  for stage in recipe.TRAINED:
+    assert manifest["stages"][stage]["compilations"] == 1, stage
+    lines = [json.loads(line) for line in (directory / stage / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, manifest["stages"][stage]["steps"] + 1))
+    assert list((directory / stage / "tensorboard").glob("events*"))
+
+
+def test_training_helps(whole):
+  directory, _ = whole
+  results = json.loads((directory / "metrics.json").read_text())
+  assert results["dual"]["MRR@10"] > 2 * results["zero_shot"]["MRR@10"]
+  assert results["bm25"]["MRR@10"] > 0.4
+
+
+def test_the_kept_student_is_the_best_on_dev(whole):
+  directory, _ = whole
+  manifest = json.loads((directory / "manifest.json").read_text())
+  dev = {name: manifest["stages"][recipe.encoded_in(name)]["dev"]["MRR@10"] for name in ("interaction", "cascade")}
+  assert dev[manifest["best_stage"]] == max(dev.values())
+  results = json.loads((directory / "metrics.json").read_text())
+  assert results["dual"] == results["stages"][manifest["best_stage"]]["dual"]
+
+
+def test_run_files_give_the_metrics(whole):
+  directory, _ = whole
+  results = json.loads((directory / "metrics.json").read_text())
+  qrels = evaluate.read_qrels(directory / "prepare" / "qrels.test.trec")
+  files = {"bm25": "bm25", "zero_shot": "zero_shot", "cross": "cross", "dual": f"dual.{results['best_stage']}"}
+  for system, name in files.items():
+    got = evaluate.metrics(evaluate.read_run(directory / "runs" / f"test.{name}.trec"), qrels)
+    assert got == pytest.approx(results[system], abs=1e-9), system
+
+
+def test_mined_negatives_are_no_positives(whole):
+  directory, _ = whole
+  mined = evaluate.read_run(directory / "mine" / "negatives.trec")
+  qrels = evaluate.read_qrels(directory / "prepare" / "qrels.train.trec")
+  text = {p["id"]: p["text"] for p in map(json.loads, (directory / "prepare" / "corpus.jsonl").read_text().splitlines())}
+  assert set(mined) == set(qrels)
+  for query, passages in mined.items():
+    known = {text[passage] for passage in qrels[query]}
+    assert len(passages) == 20
+    assert not known & {text[passage] for passage in passages}
+
+
+def test_search_finds_a_passage_by_its_own_words(whole, capsys):
+  directory, _ = whole
+  searcher = recipe.Searcher(directory)
+  hits = 0
+  for row in range(0, len(searcher.corpus), 100):
+    passage = searcher.corpus[row]
+    query = f"{passage['title']}: {passage['text']}"
+    hits += passage["id"] in [found["id"] for _, found in searcher(query)]
+  assert hits > len(searcher.corpus) / 200
+  assert main(["search", str(directory), "sort a list", "--k", "3"]) == 0
+  printed = capsys.readouterr().out.splitlines()
+  assert len([line for line in printed if line.strip()[0] in "123"]) >= 3
+
+
+def test_search_equals_the_run_file(whole):
+  """The same query gives the passages and scores that the evaluation found."""
+  directory, _ = whole
+  results = json.loads((directory / "metrics.json").read_text())
+  run = evaluate.read_run(directory / "runs" / f"test.dual.{results['best_stage']}.trec")
+  queries = recipe.datasets.load(recipe.checkpoints.config.Data(packages=("python",), cache=str(directory.parent / "cache")))
+  test = queries.queries["test"]
+  searcher = recipe.Searcher(directory)
+  for name, text in list(zip(test.ids, test.texts))[:5]:
+    found = {passage["id"]: score for score, passage in searcher(text, 10)}
+    np.testing.assert_allclose(list(found.values()), [run[name][p] for p in found], atol=1e-4)
+
+
+INTERRUPTIONS = [
+  ("prepare", signal.SIGKILL),
+  ("baselines", signal.SIGINT),
+  ("interaction", signal.SIGINT),
+  ("interaction", signal.SIGKILL),
+  ("mine", signal.SIGKILL),
+  ("warmup", signal.SIGINT),
+  ("check", signal.SIGKILL),
+  ("cascade", signal.SIGKILL),
+  ("cascade", signal.SIGINT),
+  ("encode", signal.SIGINT),
+  ("evaluate", signal.SIGKILL),
+]
+
+
+def lines(path: Path) -> int:
+  return path.read_text().count("\n") if path.exists() else 0
+
+
+@pytest.mark.timeout(900)
+def test_no_interruption_changes_the_result(whole, place):
+  expected, _ = whole
+  output = place / "broken"
+  log = Path(f"{output}.log")
+  for stage, how in INTERRUPTIONS:
+    log.write_text("")
+    before = lines(output / stage / "log.jsonl")
+    process = begin(place, output)
+    while process.poll() is None:
+      started = f"{stage}\n" in log.read_text()
+      if started and (stage not in recipe.TRAINED or lines(output / stage / "log.jsonl") >= before + 2):
+        break
+      time.sleep(0.01)
+    process.send_signal(how)
+    process.communicate()
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130), (stage, log.read_text())
+    assert "Traceback" not in log.read_text(), (stage, log.read_text())
+  log.write_text("")
+  process = begin(place, output)
+  process.communicate()
+  assert process.returncode == 0, log.read_text()
+  assert json.loads((output / "metrics.json").read_text()) == json.loads((expected / "metrics.json").read_text())
+  assert (output / "model" / "model.safetensors").read_bytes() == (expected / "model" / "model.safetensors").read_bytes()
+  for stage in recipe.TRAINED:
+    terms = lambda directory: [json.loads(line)["terms"] for line in open(directory / stage / "log.jsonl")]
+    assert terms(output) == terms(expected)
+  # Given once more, the command finds everything done.
+  log.write_text("")
+  process = begin(place, output)
+  process.communicate()
+  assert process.returncode == 0
+  assert log.read_text().count("done before") == len(STAGES) - 1  # prepare loads the data in any case
+
+
+def test_another_configuration_in_the_same_folder_is_refused(whole, capsys):
+  directory, _ = whole
+  assert main(["run", str(ROOT / "configs" / "tiny.py"), "--output", str(directory), "--seed", "3"]) == 2
+  message = capsys.readouterr().err
+  assert "holds a run with" in message
+  assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["model/model.json", "model/model.safetensors", "mine/vectors.npy", "prepare/corpus.jsonl"])
+def test_search_names_a_damaged_file(whole, name, capsys):
+  directory, _ = whole
+  path = directory / name
+  if name == "mine/vectors.npy":
+    path = directory / recipe.checkpoints.load_model(directory / "model")[2]["corpus"]
+  raw = path.read_bytes()
+  try:
+    path.write_bytes(raw[: len(raw) // 2])
+    assert main(["search", str(directory), "sort a list"]) == 2
+  finally:
+    path.write_bytes(raw)
+  message = capsys.readouterr().err
+  assert path.name in message
+  assert message.count("\n") == 1
