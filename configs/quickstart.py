@@ -1,6 +1,6 @@
 """The main job on a laptop's CPU: all-MiniLM-L6-v2 on the docstrings of installed packages.
 
-  bash launch/quickstart.sh          (or: ernie-jax run configs/quickstart.py --output runs/quickstart)
+bash launch/quickstart.sh          (or: ernie-jax run configs/quickstart.py --output runs/quickstart)
 """
 
 from ernie_jax.config import Config, Data, Evaluate, Mine, Model, Optimizer, Temperatures, Train, Weights
@@ -18,7 +18,7 @@ config = Config(
     scan=False,
   ),
   interaction=Train(
-    steps=82,
+    steps=88,
     batch=64,
     weights=Weights.only(nll_de=1, nll_li=1, kl_li_de=1),
     temperature=temperature,
@@ -26,16 +26,14 @@ config = Config(
     optimizer=Optimizer(learning_rate=1e-4),
   ),
   mine=Mine(first=1, last=30),
-  warmup=Train(
-    steps=60, batch=8, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-4)
-  ),
+  warmup=Train(steps=60, batch=8, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-4)),
   cascade=Train(
-    steps=60,
+    steps=40,
     batch=8,
     negatives=3,
     weights=Weights(dualreg_query=0, dualreg_passage=0),
     temperature=temperature,
-    optimizer=Optimizer(learning_rate=3e-5),
+    optimizer=Optimizer(learning_rate=2e-5),
   ),
   evaluate=Evaluate(late_depth=100, cross_depth=20),
 )

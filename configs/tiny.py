@@ -1,9 +1,20 @@
 """The whole recipe in under a minute on one core: standard library, from scratch. What tests and smoke runs use.
 
-  ernie-jax run configs/tiny.py --output runs/tiny
+ernie-jax run configs/tiny.py --output runs/tiny
 """
 
-from ernie_jax.config import Architecture, Config, Data, Evaluate, Mine, Model, Optimizer, Temperatures, Train, Weights
+from ernie_jax.config import (
+  Architecture,
+  Config,
+  Data,
+  Evaluate,
+  Mine,
+  Model,
+  Optimizer,
+  Temperatures,
+  Train,
+  Weights,
+)
 
 fast = Optimizer(learning_rate=2e-3)
 temperature = Temperatures(dual=0.05, late=0.5)
@@ -27,9 +38,7 @@ config = Config(
     checkpoint_every=10,
   ),
   mine=Mine(first=1, last=20),
-  warmup=Train(
-    steps=10, batch=8, negatives=2, weights=Weights.only(nll_ce=1), optimizer=fast, checkpoint_every=5
-  ),
+  warmup=Train(steps=10, batch=8, negatives=2, weights=Weights.only(nll_ce=1), optimizer=fast, checkpoint_every=5),
   cascade=Train(steps=10, batch=8, negatives=2, temperature=temperature, optimizer=fast, checkpoint_every=5),
   evaluate=Evaluate(late_depth=20, cross_depth=5, teacher_depth=5, teacher_queries=50),
 )

@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -47,7 +47,7 @@ class Search:
   k: int = 10  # passages to show
 
 
-def parse(kind: type[T], verb: str, args: Sequence[str], default: T | None = None) -> T:
+def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) -> T:
   """Typed flags over a default; a wrong flag becomes one line."""
   import tyro
 
@@ -132,7 +132,10 @@ def main(args: Sequence[str] | None = None) -> int:
     print(f"ernie-jax: {error}", file=sys.stderr)
     return 2
   except OSError as error:
-    print(f"ernie-jax: {error.filename or ''}: {error.strerror or error}; check the path and its disk", file=sys.stderr)
+    print(
+      f"ernie-jax: {error.filename or ''}: {error.strerror or error}; check the path and its disk",
+      file=sys.stderr,
+    )
     return 2
   except KeyboardInterrupt as error:
     note = f"{error}; " if str(error) else ""

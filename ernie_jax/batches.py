@@ -19,9 +19,9 @@ def rows(parts: Sequence[Sequence[np.ndarray]], length: int, tokenizer: Tokenize
 
   Parts must fit: cut them first (`cut`). Padding has segment 0.
   """
-  tokens = np.full((len(parts), length), tokenizer.pad, np.int32)
-  types = np.zeros((len(parts), length), np.int32)
-  segments = np.zeros((len(parts), length), np.int32)
+  tokens: Any = np.full((len(parts), length), tokenizer.pad, np.int32)
+  types: Any = np.zeros((len(parts), length), np.int32)
+  segments: Any = np.zeros((len(parts), length), np.int32)
   for row, texts in enumerate(parts):
     tokens[row, 0] = tokenizer.cls
     end = 1
@@ -31,7 +31,7 @@ def rows(parts: Sequence[Sequence[np.ndarray]], length: int, tokenizer: Tokenize
       tokens[row, end - 1] = tokenizer.sep
       types[row, start:end] = kind
     segments[row, :end] = 1
-  positions = np.where(segments > 0, np.arange(length, dtype=np.int32), 0)
+  positions: Any = np.where(segments > 0, np.arange(length, dtype=np.int32), 0)
   return Rows(tokens, segments, positions, types)
 
 
@@ -78,16 +78,14 @@ def gather(chosen: Sequence[tuple[int, np.ndarray]], texts: Texts, data: config.
   queries = [cut(texts.queries[query], data.query_length) for query, _ in chosen]
   passages = [cut(texts.passages[row], data.passage_length) for _, own in chosen for row in own]
   size = len(passages) // len(queries)
-  table = np.full((len(chosen), known), -1, np.int32)
+  table: Any = np.full((len(chosen), known), -1, np.int32)
   for row, (query, _) in enumerate(chosen):
     mine = texts.identity[texts.positives[query]]
     table[row, : len(mine)] = mine
   return Batch(
     queries=rows([[q] for q in queries], data.query_length, texts.tokenizer),
     passages=rows([[p] for p in passages], data.passage_length, texts.tokenizer),
-    pairs=rows(
-      [[queries[i // size], p] for i, p in enumerate(passages)], data.pair_length, texts.tokenizer
-    ),
+    pairs=rows([[queries[i // size], p] for i, p in enumerate(passages)], data.pair_length, texts.tokenizer),
     texts=texts.identity[np.concatenate([own for _, own in chosen])],
     known=table,
   )

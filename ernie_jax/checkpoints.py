@@ -1,4 +1,4 @@
-"""Training state on disk through Orbax, saved in the background and checked when read; finished models as safetensors."""
+"""Training state on disk through Orbax, saved in the background, checked when read; models as safetensors."""
 
 from __future__ import annotations
 
@@ -62,9 +62,7 @@ class Checkpoints:
       except Exception as error:  # damage surfaces as errors of many types, from JSON to the array store
         damage = damage or f"step {number}: {first_line(error)}"
     if damage:
-      raise UserError(
-        f"{self.directory}: no intact checkpoint ({damage}); delete this folder to train the stage again"
-      )
+      raise UserError(f"{self.directory}: no intact checkpoint ({damage}); delete this folder to train the stage again")
     return None
 
   def at(self, number: int, like: Any) -> Any:

@@ -45,7 +45,15 @@ class Data:
   """Which texts, and how much of each is read."""
 
   name: str = "docstrings"
-  packages: tuple[str, ...] = ("python", "numpy", "scipy", "jax", "jaxlib", "flax", "optax")  # docstrings: whose
+  packages: tuple[str, ...] = (
+    "python",
+    "numpy",
+    "scipy",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+  )  # docstrings: whose
   cache: str = "~/.cache/ernie_jax"  # prepared data sets and downloaded weights, shared by all runs
   query_length: int = 32  # tokens, special ones included
   passage_length: int = 128
@@ -265,7 +273,8 @@ class Config:
   data: Data = Data()
   model: Model = Model()
   interaction: Train = Train(
-    weights=Weights.only(nll_de=1, nll_li=1, kl_li_de=1, dualreg_query=1, dualreg_passage=1), late_pool="global"
+    weights=Weights.only(nll_de=1, nll_li=1, kl_li_de=1, dualreg_query=1, dualreg_passage=1),
+    late_pool="global",
   )
   mine: Mine = Mine()
   warmup: Train = Train(batch=8, negatives=3, weights=Weights.only(nll_ce=1))

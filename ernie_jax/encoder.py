@@ -35,7 +35,7 @@ def linear(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: str | None = None, 
   return nnx.Linear(inputs, outputs, kernel_init=init, use_bias=bias, dtype=dtype and jnp.dtype(dtype), rngs=rngs)
 
 
-def drop(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
+def drop(x: Float[Array, ...], rate: float, key: Key[Array, ""] | None) -> Float[Array, ...]:
   """Inverted dropout; the identity without a key."""
   if key is None or rate == 0:
     return x
@@ -79,7 +79,13 @@ class Encoder(nnx.Module):
   """Word, position, type (and ERNIE's task) embeddings, then the layers, whose parameters are stacked."""
 
   def __init__(
-    self, a: config.Architecture, key: Key[Array, ""], *, dtype: str = "float32", scan: bool = True, remat: bool = False
+    self,
+    a: config.Architecture,
+    key: Key[Array, ""],
+    *,
+    dtype: str = "float32",
+    scan: bool = True,
+    remat: bool = False,
   ):
     words, layers = jax.random.split(key)
     rngs = nnx.Rngs(words)
@@ -129,7 +135,7 @@ def split_last(stack, size: int):
   """Arrays [size, ...] -> (arrays [size - 1, ...], arrays [...] of the last)."""
   leaves, tree = jax.tree.flatten(stack)
   parts = [jax.lax.split(x, (size - 1, 1)) for x in leaves]
-  return tree.unflatten([p[0] for p in parts]), tree.unflatten([p[1][0] for p in parts])
+  return jax.tree.unflatten(tree, [p[0] for p in parts]), jax.tree.unflatten(tree, [p[1][0] for p in parts])
 
 
 def unstack(stack, size: int) -> list:
@@ -138,7 +144,7 @@ def unstack(stack, size: int) -> list:
     return []
   leaves, tree = jax.tree.flatten(stack)
   parts = [jax.lax.split(x, (1,) * size) for x in leaves]
-  return [tree.unflatten([p[i][0] for p in parts]) for i in range(size)]
+  return [jax.tree.unflatten(tree, [p[i][0] for p in parts]) for i in range(size)]
 
 
 def with_dropout(a: config.Architecture, rate: float | None) -> config.Architecture:

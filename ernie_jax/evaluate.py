@@ -75,9 +75,7 @@ def read_qrels(path: str | Path) -> Qrels:
 
 def _id(text: str, path: str | Path) -> str:
   if text.split() != [text]:
-    raise UserError(
-      f"{path}: id {text!r} is empty or holds white space, which separates columns here: rename it"
-    )
+    raise UserError(f"{path}: id {text!r} is empty or holds white space, which separates columns here: rename it")
   return text
 
 
@@ -98,19 +96,13 @@ def _read(path: str | Path, columns: str, value: int, parse: Callable[[str], T])
         try:
           parsed = parse(cells[value])
         except ValueError as error:
-          raise UserError(
-            f"{path}:{number}: column {value + 1} is {cells[value]!r}, expected {error}"
-          ) from None
+          raise UserError(f"{path}:{number}: column {value + 1} is {cells[value]!r}, expected {error}") from None
         passages = result.setdefault(qid, {})
         if pid in passages:
-          raise UserError(
-            f"{path}:{number}: passage {pid!r} is given twice to query {qid!r}: remove one of them"
-          )
+          raise UserError(f"{path}:{number}: passage {pid!r} is given twice to query {qid!r}: remove one of them")
         passages[pid] = parsed
   except OSError as error:
-    raise UserError(
-      f"{path}: cannot be read: {error.strerror or error}; give a file of lines {columns}"
-    ) from error
+    raise UserError(f"{path}: cannot be read: {error.strerror or error}; give a file of lines {columns}") from error
   if not result:
     raise UserError(f"{path}:1: the file is empty, expected lines {columns}")
   return result
@@ -159,9 +151,7 @@ def _values(run: Run, qrels: Qrels, names: Iterable[str]) -> dict[str, dict[str,
       raise UserError(f"measure {name!r} is not known: use for example {', '.join(MEASURES)}") from error
   # ir_measures joins two programs: one breaks ties by ascending id, the other by descending id after rounding
   # scores to single precision. Ranks in place of scores give both the same order, that of the run file.
-  ranks = {
-    qid: {pid: -float(rank) for rank, pid in enumerate(ranked(run[qid]))} for qid in qrels if qid in run
-  }
+  ranks = {qid: {pid: -float(rank) for rank, pid in enumerate(ranked(run[qid]))} for qid in qrels if qid in run}
   values = {name: dict.fromkeys(qrels, 0.0) for name in measures.values()}
   for result in ir_measures.iter_calc(list(measures), qrels, ranks):
     values[measures[result.measure]][result.query_id] = float(result.value)
@@ -195,8 +185,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
   found = [measure for row in rows for measure in results[row]]
   columns = list(dict.fromkeys([name for name in MEASURES if name in found] + found))
   cells = [["", *columns]] + [
-    [row, *(f"{results[row][column]:.3f}" if column in results[row] else "-" for column in columns)]
-    for row in rows
+    [row, *(f"{results[row][column]:.3f}" if column in results[row] else "-" for column in columns)] for row in rows
   ]
   widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
   return "\n".join(

@@ -6,6 +6,7 @@ here, where it is formed. Terms are means over the queries of the global batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -66,13 +67,13 @@ def attention_kl(
 def terms(scores: Scores, train: config.Train) -> dict[str, Float[Array, ""]]:
   """Every term of weight above 0, unweighted."""
   weights, t = train.weights, train.temperature
-  over = lambda x, temperature: None if x is None else x / temperature
+  over: Callable = lambda x, temperature: None if x is None else x / temperature
   cross = over(scores.cross, t.cross)
   dual, late = over(scores.dual, t.dual), over(scores.late, t.late)
   dual_pool, late_pool = over(scores.dual_pool, t.dual), over(scores.late_pool, t.late)
   # Both sides of kl_li_de range over late interaction's candidates.
   late_all, dual_all = (late_pool, dual_pool) if train.late_pool == "global" else (late, dual)
-  twins = None if scores.twins is None else [over(s, t.dual) for s in scores.twins]
+  twins = [over(s, t.dual) for s in scores.twins or ()]
   each = {
     "nll_ce": lambda: nll(cross),
     "nll_li": lambda: nll(late_all),

@@ -203,7 +203,7 @@ def shapes(a: config.Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def assign(params: Params, student: Checkpoint | None, teacher: Checkpoint | None) -> Params:
-  """Parameters with the checkpoints' arrays in place of the random ones; heads that no checkpoint brings stay random."""
+  """Parameters with the checkpoints' arrays in place of random ones; heads that no checkpoint brings stay random."""
   arrays: dict[str, np.ndarray] = {}
   for prefix, checkpoint in (("student", student), ("teacher", teacher)):
     if checkpoint is None:

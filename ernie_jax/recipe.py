@@ -12,7 +12,7 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Run:
       label=f"encode {what}",
     )
 
-  def as_run(self, split: str, values: np.ndarray, found: np.ndarray) -> evaluate.Run:
+  def as_run(self, split: str, values: Iterable[np.ndarray], found: Iterable[np.ndarray]) -> evaluate.Run:
     """Scores and passage rows [Q, k] with their ids."""
     ids = self.data.corpus.ids
     return {
@@ -212,9 +212,9 @@ def prepare(directory: Path, settings: Config) -> Run:
   else:
     tokenizer = tokens.Tokenizer.train(passages, settings.model.scratch.vocabulary)
   tokenizer.save(place / "tokenizer")
-  architectures = [architecture(settings, checkpoint, tokenizer) for checkpoint in (student, teacher)]
+  shapes = (architecture(settings, student, tokenizer), architecture(settings, teacher, tokenizer))
   devices = mesh.make()
-  params = step.init_params(settings.model, *architectures, jax.random.key(settings.seed))
+  params = step.init_params(settings.model, *shapes, jax.random.key(settings.seed))
   params = mesh.whole(pretrained.assign(params, student, teacher), devices)
   store = lambda name, texts: tokens.build(place / name, texts, tokenizer)
   current = Run(
@@ -315,7 +315,12 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
     seed = 1000 * TRAINED.index(name) + current.config.seed
     result, compilations = train(place, params, texts, current.config.model, current.config.data, stage, seed)
     trained.append(result)
-    return {"steps": stage.steps, "batch": stage.batch, "negatives": stage.negatives, "compilations": compilations}
+    return {
+      "steps": stage.steps,
+      "batch": stage.batch,
+      "negatives": stage.negatives,
+      "compilations": compilations,
+    }
 
   current.stage(name, work)
   return trained[0]
@@ -437,9 +442,9 @@ def measure(current: Run, students: dict[str, Params], best: str) -> dict[str, A
     "stages": stages,
   }
   qrels = current.data.qrels("test")
-  runs = [evaluate.read_run(current.directory / "runs" / f"test.{name}.trec") for name in (f"dual.{best}", "bm25")]
-  each = [evaluate.per_query(run, qrels, "MRR@10") for run in runs]
-  return results | {"dual_minus_bm25": {"MRR@10": evaluate.bootstrap(*each)}}
+  reread = lambda name: evaluate.read_run(current.directory / "runs" / f"test.{name}.trec")
+  dual, bm25 = (evaluate.per_query(reread(name), qrels, "MRR@10") for name in (f"dual.{best}", "bm25"))
+  return results | {"dual_minus_bm25": {"MRR@10": evaluate.bootstrap(dual, bm25)}}
 
 
 def keep(current: Run, students: dict[str, Params], best: str) -> Params:

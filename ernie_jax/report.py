@@ -36,9 +36,7 @@ def write_report(directory: str | Path) -> Path:
   """
   directory = Path(directory)
   if not (directory / "metrics.json").is_file():
-    raise UserError(
-      f"{directory / 'metrics.json'}: no such file: `ernie-jax run` makes it; give that run's directory"
-    )
+    raise UserError(f"{directory / 'metrics.json'}: no such file: `ernie-jax run` makes it; give that run's directory")
   results = _dict(_json(directory / "metrics.json"))
   manifest = _dict(_json(directory / "manifest.json")) if (directory / "manifest.json").is_file() else {}
   body = [
@@ -97,7 +95,7 @@ def _summary(results: dict, manifest: dict) -> str:
 
 def _results(results: dict) -> str:
   rows = {key: _dict(results.get(key)) for key in SYSTEMS}
-  columns = _columns(rows)
+  columns = _columns(rows.values())
   best = {
     measure: _three(max(value for row in rows.values() if (value := _value(row.get(measure))) is not None))
     for measure in columns
@@ -115,10 +113,7 @@ def _results(results: dict) -> str:
     body.append(f"<tr><th scope=row>{NAMES[key]}{note}</th>{''.join(cells)}</tr>")
   intervals = [_interval(results, measure) for measure in columns]
   if any(intervals):
-    cells = [
-      f"<td>{x[0]:+.3f}<small>{x[1]:+.3f} to {x[2]:+.3f}</small></td>" if x else "<td>–</td>"
-      for x in intervals
-    ]
+    cells = [f"<td>{x[0]:+.3f}<small>{x[1]:+.3f} to {x[2]:+.3f}</small></td>" if x else "<td>–</td>" for x in intervals]
     head = "<th scope=row>Dual-encoder minus BM25<small>95&nbsp;% interval</small></th>"
     body.append(f"<tr class=rule>{head}{''.join(cells)}</tr>")
   return _table(columns, body) + "<p class=note>The best of each column is bold.</p>"
@@ -130,7 +125,7 @@ def _stages(results: dict, manifest: dict) -> str:
     for stage, systems in _dict(results.get("stages")).items()
     for system, row in _dict(systems).items()
   }
-  columns = _columns(rows)
+  columns = _columns(rows.values())
   kept = manifest.get("best_stage")
   body = []
   for (stage, system), row in rows.items():
@@ -142,7 +137,7 @@ def _stages(results: dict, manifest: dict) -> str:
 
 def _teacher(check: dict) -> str:
   rows = {name: _dict(check.get(name)) for name in ("student", "teacher") if name in check}
-  columns = _columns(rows)
+  columns = _columns(rows.values())
   body = [
     f"<tr><th scope=row>{name.capitalize()}</th>"
     + "".join(f"<td>{_three(row.get(measure))}</td>" for measure in columns)
@@ -207,9 +202,7 @@ def _facts(manifest: dict) -> str:
     "Weights came from": manifest.get("start", ""),
     "Seed": manifest.get("seed", ""),
   }
-  rows = [
-    f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value not in ("", None)
-  ]
+  rows = [f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value not in ("", None)]
   return f"<dl>{''.join(rows)}</dl>" if rows else ""
 
 
@@ -302,9 +295,9 @@ def _ticks(low: float, high: float) -> list[float]:
   return [i * step for i in range(first, max(last, first + 1) + 1)]
 
 
-def _columns(rows: dict[str, dict]) -> list[str]:
+def _columns(rows: Iterable[dict]) -> list[str]:
   """The measures that have a number in some row, the usual ones first."""
-  found = [name for row in rows.values() for name, value in row.items() if _value(value) is not None]
+  found = [name for row in rows for name, value in row.items() if _value(value) is not None]
   return list(dict.fromkeys([name for name in MEASURES if name in found] + found))
 
 
@@ -325,9 +318,7 @@ def _json(path: Path) -> Any:
   try:
     return json.loads(path.read_bytes())
   except json.JSONDecodeError as error:
-    raise UserError(
-      f"{path}:{error.lineno}: not JSON: {error.msg}; `ernie-jax run` makes the file anew"
-    ) from None
+    raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}; `ernie-jax run` makes the file anew") from None
   except UnicodeDecodeError:
     raise UserError(f"{path}: not UTF-8; `ernie-jax run` makes the file anew") from None
 

@@ -41,7 +41,12 @@ def _batches(lengths: np.ndarray, longest: int) -> Iterator[tuple[np.ndarray, in
 
 
 def _each(
-  label: str, lengths: np.ndarray, longest: int, make: Callable[[int], list], tokenizer: Tokenizer, apply: Callable
+  label: str,
+  lengths: np.ndarray,
+  longest: int,
+  make: Callable[[int], list],
+  tokenizer: Tokenizer,
+  apply: Callable,
 ) -> Iterator[tuple[np.ndarray, int, Any]]:
   """Applies a jitted function to all texts, batch by batch: (texts, row length, its result as numpy)."""
   devices = mesh.make()
@@ -143,8 +148,8 @@ def rerank_cross(
   """The cross-encoder's logit of each query with its candidates (passage rows [Q, k]) -> scores [Q, k]."""
   where = np.repeat(np.arange(len(candidates)), candidates.shape[1])
   flat = candidates.reshape(-1)
-  left = lambda i: batches.cut(queries[where[i]], data.query_length)
-  right = lambda i: batches.cut(passages[flat[i]], data.passage_length)
+  left = lambda i: batches.cut(queries[int(where[i])], data.query_length)
+  right = lambda i: batches.cut(passages[int(flat[i])], data.passage_length)
   cut_lengths = lambda store, longest: np.minimum(store.lengths, longest - 2)
   lengths = cut_lengths(queries, data.query_length)[where] + cut_lengths(passages, data.passage_length)[flat] + 3
   values = np.zeros(len(flat), np.float32)
@@ -162,7 +167,11 @@ def reorder(candidates: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def mine(
-  queries: np.ndarray, passages: np.ndarray, positives: list[np.ndarray], identity: np.ndarray, settings: config.Mine
+  queries: np.ndarray,
+  passages: np.ndarray,
+  positives: list[np.ndarray],
+  identity: np.ndarray,
+  settings: config.Mine,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
   """Hard negatives of each query: passage rows and scores at ranks first..last among passages that may be negatives.
 

@@ -1,8 +1,8 @@
-"""The three scorers as pure functions of (params, batch, key): the teacher's, the student's, and all scores a loss asks for.
+"""The three scorers as pure functions of (params, batch, key), and all the scores that a loss asks for.
 
-  dual-encoder      s_de(q, p) = <h(q), h(p)>                       one vector a text
-  late interaction  s_li(q, p) = sum_i max_j <e_i(q), e_j(p)>       one vector a token, the same forward pass
-  cross-encoder     s_ce(q, p) = w . dropout(tanh(W h_cls([q; p]))) + b
+dual-encoder      s_de(q, p) = <h(q), h(p)>                       one vector a text
+late interaction  s_li(q, p) = sum_i max_j <e_i(q), e_j(p)>       one vector a token, the same forward pass
+cross-encoder     s_ce(q, p) = w . dropout(tanh(W h_cls([q; p]))) + b
 """
 
 from __future__ import annotations
@@ -42,16 +42,18 @@ class Scores:
   passage is a known positive of the query (its own among them), which is never a negative.
   """
 
-  cross: Float[Array, "b k"] | None = None
-  dual: Float[Array, "b k"] | None = None
-  dual_pool: Float[Array, "b c"] | None = None
-  late: Float[Array, "b k"] | None = None
-  late_pool: Float[Array, "b c"] | None = None
-  twins: tuple[Float[Array, "b p"], Float[Array, "b p"]] | None = None  # two dropout passes, nothing masked
-  attention: Float[Array, "b k lq lp"] | None = None  # the cross-encoder's, query token to passage token
-  matches: Float[Array, "b k lq lp"] | None = None  # late interaction's <e_i, e_j>
-  query_content: Bool[Array, "b lq"] | None = None  # tokens that are neither special nor padding
-  passage_content: Bool[Array, "b k lp"] | None = None
+  cross: Float[Array, "b k"] = struct.field(default=None)
+  dual: Float[Array, "b k"] = struct.field(default=None)
+  dual_pool: Float[Array, "b c"] = struct.field(default=None)
+  late: Float[Array, "b k"] = struct.field(default=None)
+  late_pool: Float[Array, "b c"] = struct.field(default=None)
+  twins: tuple[Float[Array, "b p"], Float[Array, "b p"]] = struct.field(
+    default=None
+  )  # two dropout passes, nothing masked
+  attention: Float[Array, "b k lq lp"] = struct.field(default=None)  # the cross-encoder's, query token to passage token
+  matches: Float[Array, "b k lq lp"] = struct.field(default=None)  # late interaction's <e_i, e_j>
+  query_content: Bool[Array, "b lq"] = struct.field(default=None)  # tokens that are neither special nor padding
+  passage_content: Bool[Array, "b k lp"] = struct.field(default=None)
 
 
 class Student(nnx.Module):
@@ -116,9 +118,7 @@ def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def cross(
-  params: Params, rows: Rows, key: Key[Array, ""] | None
-) -> tuple[Float[Array, "n"], Float[Array, "n lj lj"]]:
+def cross(params: Params, rows: Rows, key: Key[Array, ""] | None) -> tuple[Float[Array, "n"], Float[Array, "n lj lj"]]:
   """The cross-encoder's logit of each joined pair, and its last layer's attention, averaged over heads."""
   teacher: Teacher = params["teacher"]
   encoder = params["student"].encoder if teacher.encoder is None else teacher.encoder
@@ -188,9 +188,7 @@ def content(rows: Rows, special: tuple[int, ...]) -> Bool[Array, "n l"]:
   return (rows.segments > 0) & ~jnp.isin(rows.tokens, jnp.array(special or (-1,)))
 
 
-def score(
-  params: Params, batch: Batch, model: config.Model, train: config.Train, key: Key[Array, ""] | None
-) -> Scores:
+def score(params: Params, batch: Batch, model: config.Model, train: config.Train, key: Key[Array, ""] | None) -> Scores:
   """All scores that the stage's loss terms ask for; what no term asks for is not traced."""
   weights, scores = train.weights, {}
   size = len(batch.known)  # B

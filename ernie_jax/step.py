@@ -100,7 +100,11 @@ def init_state(params: scores.Params, model: config.Model, train: config.Train) 
 
 
 def loss(
-  params: scores.Params, batch: scores.Batch, model: config.Model, train: config.Train, key: Key[Array, ""] | None
+  params: scores.Params,
+  batch: scores.Batch,
+  model: config.Model,
+  train: config.Train,
+  key: Key[Array, ""] | None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
   """The weighted sum and the unweighted terms of one batch."""
   terms = losses.terms(scores.score(params, batch, model, train, key), train)

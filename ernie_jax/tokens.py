@@ -33,9 +33,10 @@ class Tokenizer:
 
   @classmethod
   def wrap(cls, backend: tokenizers.Tokenizer, where: str) -> Tokenizer:
-    ids = {token: backend.token_to_id(token) for token in SPECIAL}
     base = backend.get_vocab_size(with_added_tokens=False)  # loaders append what a vocabulary lacks
-    missing = [token for token, i in ids.items() if i is None or i >= base]
+    found = {token: backend.token_to_id(token) for token in SPECIAL}
+    ids = {token: i for token, i in found.items() if i is not None and i < base}
+    missing = [token for token in SPECIAL if token not in ids]
     if missing:
       raise UserError(f"{where}: the tokenizer lacks {', '.join(missing)}; a BERT or ERNIE tokenizer is needed")
     backend.no_truncation()  # released tokenizer.json files often carry the trainer's settings

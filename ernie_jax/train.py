@@ -71,7 +71,7 @@ def train(
   key = jax.random.key(seed)
   # The step donates its state: train on a copy, so that the caller's parameters stay valid.
   state = step.init_state(jax.tree.map(jax.numpy.copy, params), model, stage)
-  train_step = step.make_train_step(model, stage)
+  train_step: Any = step.make_train_step(model, stage)
 
   with Checkpoints(directory / "checkpoints") as checkpoints, Stop() as stop:
     if (found := checkpoints.newest(state)) is not None:

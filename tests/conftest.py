@@ -14,7 +14,7 @@ import inspect
 import typing
 
 import beartype
-import flax.nnx
+import flax.nnx  # noqa: F401 (loaded before TYPE_CHECKING is set, for it looks at it too)
 import jaxtyping
 import numpy as np
 import optax  # noqa: F401

@@ -7,7 +7,11 @@ import pytest
 from ernie_jax import batches, config, tokens
 
 QUERIES = [f"query number {i}" for i in range(23)]
-PASSAGES = [f"passage {i} answers query number {i} at some length" for i in range(23)] + ["a copy", "a copy", "other"]
+PASSAGES = [f"passage {i} answers query number {i} at some length" for i in range(23)] + [
+  "a copy",
+  "a copy",
+  "other",
+]
 DATA = config.Data(query_length=8, passage_length=10)
 TRAIN = config.Train(steps=5, batch=8, negatives=2)
 

@@ -8,7 +8,7 @@ from conftest import TINY
 
 from ernie_jax import checkpoints, config, step
 from ernie_jax.checkpoints import Checkpoints
-from ernie_jax.config import Optimizer, Train, Weights, UserError
+from ernie_jax.config import Optimizer, Train, UserError, Weights
 
 MODEL = config.Model(late_width=8)
 STAGE = Train(steps=4, batch=8, negatives=2, weights=Weights.only(nll_ce=1), optimizer=Optimizer())

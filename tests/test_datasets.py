@@ -17,9 +17,7 @@ from ernie_jax.config import Data, UserError
 from ernie_jax.datasets import docstrings
 
 BODY = "It walks the whole tree from its root to its leaves and counts what it meets on the way there."
-OTHER = (
-  "A file that is missing raises an error which names the folder where it was sought and the time of day."
-)
+OTHER = "A file that is missing raises an error which names the folder where it was sought and the time of day."
 
 
 def body(word: str) -> str:
@@ -274,9 +272,7 @@ def test_standard_library(library):
 
 def test_no_summary_is_in_two_splits(library):
   data, _ = library
-  summaries = {
-    split: set(map(docstrings.normalise, queries.texts)) for split, queries in data.queries.items()
-  }
+  summaries = {split: set(map(docstrings.normalise, queries.texts)) for split, queries in data.queries.items()}
   assert not summaries["train"] & summaries["test"]
   assert not summaries["dev"] & (summaries["train"] | summaries["test"])
   assert sum(map(len, summaries.values())) == sum(len(queries.ids) for queries in data.queries.values())

@@ -109,9 +109,7 @@ def test_bad_measure_input():
 
 def test_run_round_trip(tmp_path):
   rng = random.Random(0)
-  run = {
-    f"q{i}": {f"é{j}": rng.gauss(0, 1) * 10.0 ** rng.randrange(-30, 30) for j in range(20)} for i in range(9)
-  }
+  run = {f"q{i}": {f"é{j}": rng.gauss(0, 1) * 10.0 ** rng.randrange(-30, 30) for j in range(20)} for i in range(9)}
   run["q0"] |= {"low": -math.inf, "single": float(np.float32(0.1)), "whole": 3}
   evaluate.write_run(run, tmp_path / "run", "tag")
   assert evaluate.read_run(tmp_path / "run") == run

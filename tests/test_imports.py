@@ -66,7 +66,16 @@ def modules_after(statement: str) -> set[str]:
 
 def test_the_model_and_the_step_need_no_data_stack():
   loaded = modules_after("import ernie_jax.step")
-  heavy = {"tensorflow_datasets", "grain", "transformers", "tokenizers", "jaxtyping", "beartype", "matplotlib", "orbax.checkpoint"}
+  heavy = {
+    "tensorflow_datasets",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "jaxtyping",
+    "beartype",
+    "matplotlib",
+    "orbax.checkpoint",
+  }
   # flax imports parts of orbax by itself; what counts is that our files run where the data stack is not installed.
   assert not loaded & (heavy - {"orbax.checkpoint"})
 

@@ -170,9 +170,7 @@ def test_attention_kl_without_real_tokens_is_0_with_a_finite_gradient():
 @pytest.mark.parametrize("name", ["dual", "late", "cross"])
 def test_temperature_divides_scores(name):
   scores = random_scores()
-  train = config.Train(
-    batch=4, negatives=2, late_pool="global", temperature=config.Temperatures(**{name: 0.25})
-  )
+  train = config.Train(batch=4, negatives=2, late_pool="global", temperature=config.Temperatures(**{name: 0.25}))
   fields = {"dual": ["dual", "dual_pool"], "late": ["late", "late_pool"], "cross": ["cross"]}[name]
   moved = {field: getattr(scores, field) * 4 for field in fields}
   if name == "dual":

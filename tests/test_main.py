@@ -45,7 +45,11 @@ def test_a_mistake_is_one_line(args, says, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
   ("content", "says"),
-  [("config = 3", "defines no `config"), ("config =", "SyntaxError"), ("from ernie_jax.config import *\nMine(3, 2)", "mine.first=3")],
+  [
+    ("config = 3", "defines no `config"),
+    ("config =", "SyntaxError"),
+    ("from ernie_jax.config import *\nMine(3, 2)", "mine.first=3"),
+  ],
 )
 def test_a_wrong_configuration_file_is_one_line(content, says, tmp_path, capsys):
   (tmp_path / "c.py").write_text(content)
@@ -92,4 +96,10 @@ def test_progress_is_line_wise_without_a_terminal(capsys, monkeypatch):
 
 
 def test_clock():
-  assert [progress.clock(s) for s in (0, 59.9, 93.4, 3600, 7384)] == ["0:00", "0:59", "1:33", "1:00:00", "2:03:04"]
+  assert [progress.clock(s) for s in (0, 59.9, 93.4, 3600, 7384)] == [
+    "0:00",
+    "0:59",
+    "1:33",
+    "1:00:00",
+    "2:03:04",
+  ]

@@ -54,7 +54,10 @@ def test_ernie_with_task_embeddings_and_relu_equals_the_reference():
   assert checkpoint.architecture.epsilon == 1e-5
   ids = stored["tokens"].astype(np.int32)
   rows = Rows(
-    ids, np.ones_like(ids), np.broadcast_to(np.arange(9, dtype=np.int32), ids.shape), stored["types"].astype(np.int32)
+    ids,
+    np.ones_like(ids),
+    np.broadcast_to(np.arange(9, dtype=np.int32), ids.shape),
+    stored["types"].astype(np.int32),
   )
   np.testing.assert_allclose(filled(checkpoint)(rows), stored["hidden"], atol=1e-5)
 

@@ -26,7 +26,10 @@ def place(tmp_path_factory):
 def begin(place: Path, output: Path) -> subprocess.Popen:
   """Starts the tiny recipe as a user does; compiled programs are shared between the starts of this test."""
   flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-  cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+  cache = {
+    "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+  }
   command = [sys.executable, "-m", "ernie_jax", "run", "configs/tiny.py", "--output", str(output)]
   return subprocess.Popen(
     [*command, "--data.cache", str(place / "cache")],
@@ -86,7 +89,12 @@ def test_run_files_give_the_metrics(whole):
   directory, _ = whole
   results = json.loads((directory / "metrics.json").read_text())
   qrels = evaluate.read_qrels(directory / "prepare" / "qrels.test.trec")
-  files = {"bm25": "bm25", "zero_shot": "zero_shot", "cross": "cross", "dual": f"dual.{results['best_stage']}"}
+  files = {
+    "bm25": "bm25",
+    "zero_shot": "zero_shot",
+    "cross": "cross",
+    "dual": f"dual.{results['best_stage']}",
+  }
   for system, name in files.items():
     got = evaluate.metrics(evaluate.read_run(directory / "runs" / f"test.{name}.trec"), qrels)
     assert got == pytest.approx(results[system], abs=1e-9), system
@@ -96,7 +104,9 @@ def test_mined_negatives_are_no_positives(whole):
   directory, _ = whole
   mined = evaluate.read_run(directory / "mine" / "negatives.trec")
   qrels = evaluate.read_qrels(directory / "prepare" / "qrels.train.trec")
-  text = {p["id"]: p["text"] for p in map(json.loads, (directory / "prepare" / "corpus.jsonl").read_text().splitlines())}
+  text = {
+    p["id"]: p["text"] for p in map(json.loads, (directory / "prepare" / "corpus.jsonl").read_text().splitlines())
+  }
   assert set(mined) == set(qrels)
   for query, passages in mined.items():
     known = {text[passage] for passage in qrels[query]}
@@ -123,7 +133,9 @@ def test_search_equals_the_run_file(whole):
   directory, _ = whole
   results = json.loads((directory / "metrics.json").read_text())
   run = evaluate.read_run(directory / "runs" / f"test.dual.{results['best_stage']}.trec")
-  queries = recipe.datasets.load(recipe.checkpoints.config.Data(packages=("python",), cache=str(directory.parent / "cache")))
+  queries = recipe.datasets.load(
+    recipe.checkpoints.config.Data(packages=("python",), cache=str(directory.parent / "cache"))
+  )
   test = queries.queries["test"]
   searcher = recipe.Searcher(directory)
   for name, text in list(zip(test.ids, test.texts))[:5]:
@@ -173,9 +185,12 @@ def test_no_interruption_changes_the_result(whole, place):
   process.communicate()
   assert process.returncode == 0, log.read_text()
   assert json.loads((output / "metrics.json").read_text()) == json.loads((expected / "metrics.json").read_text())
-  assert (output / "model" / "model.safetensors").read_bytes() == (expected / "model" / "model.safetensors").read_bytes()
+  assert (output / "model" / "model.safetensors").read_bytes() == (
+    expected / "model" / "model.safetensors"
+  ).read_bytes()
   for stage in recipe.TRAINED:
-    terms = lambda directory: [json.loads(line)["terms"] for line in open(directory / stage / "log.jsonl")]
+    log_lines = lambda directory: (directory / stage / "log.jsonl").read_text().splitlines()
+    terms = lambda directory: [json.loads(line)["terms"] for line in log_lines(directory)]
     assert terms(output) == terms(expected)
   # Given once more, the command finds everything done.
   log.write_text("")
@@ -193,7 +208,9 @@ def test_another_configuration_in_the_same_folder_is_refused(whole, capsys):
   assert message.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["model/model.json", "model/model.safetensors", "mine/vectors.npy", "prepare/corpus.jsonl"])
+@pytest.mark.parametrize(
+  "name", ["model/model.json", "model/model.safetensors", "mine/vectors.npy", "prepare/corpus.jsonl"]
+)
 def test_search_names_a_damaged_file(whole, name, capsys):
   directory, _ = whole
   path = directory / name

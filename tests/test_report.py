@@ -116,8 +116,7 @@ def test_every_number_is_there(tmp_path):
 def test_headline(tmp_path):
   text = visible(page(leave(tmp_path)))
   assert (
-    "The dual-encoder reaches MRR@10 0.582 on 751 test queries over 7,508 passages, 0.036 above BM25 at 0.546"
-    in text
+    "The dual-encoder reaches MRR@10 0.582 on 751 test queries over 7,508 passages, 0.036 above BM25 at 0.546" in text
   )
   assert "chance" not in text
   results = RESULTS | {"dual_minus_bm25": {"MRR@10": [-0.01, -0.03, 0.01]}}
@@ -151,9 +150,7 @@ def test_a_few_results_are_enough(tmp_path):
   assert "Configuration" not in text
 
 
-@pytest.mark.parametrize(
-  "path", [["dual"], ["dual", "MRR@10"], ["dual_minus_bm25", "MRR@10"], ["depth"], ["stages"]]
-)
+@pytest.mark.parametrize("path", [["dual"], ["dual", "MRR@10"], ["dual_minus_bm25", "MRR@10"], ["depth"], ["stages"]])
 @pytest.mark.parametrize("value", [None, "text", 1, [], {}, math.nan])
 def test_any_result_may_be_missing_or_odd(tmp_path, path, value):
   results = json.loads(json.dumps(RESULTS | MORE))
@@ -193,17 +190,13 @@ def test_a_curve_stays_inside_its_frame(values):
     assert 0 <= float(y) <= 150
 
 
-@pytest.mark.parametrize(
-  ("low", "high"), [(0, 1), (0.013, 4.7), (-3, 8), (999, 1001), (2e-5, 2e-5), (0, 0), (-1, -1)]
-)
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0.013, 4.7), (-3, 8), (999, 1001), (2e-5, 2e-5), (0, 0), (-1, -1)])
 def test_ticks_enclose_and_are_few(low, high):
   ticks = report._ticks(low, high)
   assert ticks[0] <= low + 1e-9
   assert high <= ticks[-1] + 1e-9
   assert 2 <= len(ticks) <= 5
-  assert [b - a for a, b in itertools.pairwise(ticks)] == pytest.approx(
-    [ticks[1] - ticks[0]] * (len(ticks) - 1)
-  )
+  assert [b - a for a, b in itertools.pairwise(ticks)] == pytest.approx([ticks[1] - ticks[0]] * (len(ticks) - 1))
 
 
 def test_missing_results(tmp_path):

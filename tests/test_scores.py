@@ -52,7 +52,9 @@ def test_pool_maxsim_equals_own_maxsim_and_so_does_its_gradient(tiny_params):
     p = scores.embed(student, model, batch.passages, None, query=False)
     chunked = scores.maxsim_pool(q, p, chunk=5)
     whole = scores.maxsim(
-      jnp.einsum("bqd,npd->bnqp", q.tokens, p.tokens, preferred_element_type=jnp.float32), q.mask[:, None], p.mask[None]
+      jnp.einsum("bqd,npd->bnqp", q.tokens, p.tokens, preferred_element_type=jnp.float32),
+      q.mask[:, None],
+      p.mask[None],
     )
     return chunked, whole
 
@@ -60,7 +62,9 @@ def test_pool_maxsim_equals_own_maxsim_and_so_does_its_gradient(tiny_params):
   np.testing.assert_allclose(chunked, whole, rtol=1e-6)
   own = np.stack([np.asarray(whole)[i, i * k : (i + 1) * k] for i in range(b)])
   np.testing.assert_allclose(score(model, params, batch).late, own, rtol=1e-5)
-  gradients = jax.jit(lambda s: [jax.grad(lambda s, i=i: (both(s)[i] ** 2).sum())(s) for i in (0, 1)])(params["student"])
+  gradients = jax.jit(lambda s: [jax.grad(lambda s, i=i: (both(s)[i] ** 2).sum())(s) for i in (0, 1)])(
+    params["student"]
+  )
   assert distance(*gradients) < 1e-5
 
 

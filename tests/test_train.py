@@ -16,7 +16,14 @@ from ernie_jax.config import Optimizer, Train, UserError
 
 DATA = config.Data(query_length=8, passage_length=10)
 MODEL = config.Model(late_width=8, dropout=0.1)
-STAGE = Train(steps=4, batch=8, negatives=1, late_pool="global", optimizer=Optimizer(learning_rate=1e-3), checkpoint_every=2)
+STAGE = Train(
+  steps=4,
+  batch=8,
+  negatives=1,
+  late_pool="global",
+  optimizer=Optimizer(learning_rate=1e-3),
+  checkpoint_every=2,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -122,5 +129,5 @@ def test_a_loss_that_is_not_finite_names_term_and_step(params, texts, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_good_sizes(params, texts, tmp_path):
-  with pytest.raises(UserError, match="batch=12: .*use 8, 16"):
+  with pytest.raises(UserError, match=r"batch=12: .*use 8, 16"):
     run(tmp_path, params, texts, dataclasses.replace(STAGE, batch=12))

@@ -92,9 +92,7 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
     text = tfds.features.Text()
     features = {"id": text, "title": text, "text": text, "positives": tfds.features.Sequence(text)}
     # Keys are row numbers and nothing is shuffled: rows come back in their order.
-    return tfds.core.DatasetInfo(
-      builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-    )
+    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
   def _split_generators(self, dl_manager) -> dict:
     splits = {}

@@ -118,9 +118,7 @@ class Module:
   docs: dict[tuple[str, ...], str] = dataclasses.field(default_factory=dict)  # () is the module itself
   defined: set[str] = dataclasses.field(default_factory=set)  # top-level classes and functions
   classes: set[str] = dataclasses.field(default_factory=set)  # those of them that are classes
-  imported: dict[str, tuple[str, str]] = dataclasses.field(
-    default_factory=dict
-  )  # name -> (module, name there)
+  imported: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)  # name -> (module, name there)
   offered: set[str] = dataclasses.field(default_factory=set)  # imported in order to be re-exported
   stars: list[str] = dataclasses.field(default_factory=list)  # from ... import *
   exported: set[str] | None = None  # __all__, as far as it is written out
@@ -168,11 +166,7 @@ def _visit(module: Module, body: list[ast.stmt], outer: tuple[str, ...], head: b
           module.defined.add(name)
         if (text := _string(inner[0])) is not None:
           module.docs.setdefault((*outer, name), text)
-      case (
-        ast.If(body=inner, orelse=other)
-        | ast.For(body=inner, orelse=other)
-        | ast.While(body=inner, orelse=other)
-      ):
+      case ast.If(body=inner, orelse=other) | ast.For(body=inner, orelse=other) | ast.While(body=inner, orelse=other):
         _visit(module, inner, outer, False)
         _visit(module, other, outer, False)
       case ast.With(body=inner):
@@ -186,9 +180,7 @@ def _visit(module: Module, body: list[ast.stmt], outer: tuple[str, ...], head: b
         ast.Assign(targets=[ast.Name(id="__all__")], value=ast.List(elts=names) | ast.Tuple(elts=names))
         | ast.AugAssign(target=ast.Name(id="__all__"), value=ast.List(elts=names) | ast.Tuple(elts=names))
       ) if not outer:
-        module.exported = (module.exported or set()) | {
-          text for each in names if (text := _string(each)) is not None
-        }
+        module.exported = (module.exported or set()) | {text for each in names if (text := _string(each)) is not None}
       case ast.Assign(targets=[ast.Name(id=name)], value=value) if not outer:
         # `pad = _pad` and `norm = norm_gen(...)`: known by the new name if that is the one re-exported.
         instance = isinstance(value, ast.Call)
@@ -327,9 +319,7 @@ def _aliases(table: dict[str, Module]) -> dict[tuple[str, str], str]:
     if name in module.imported:
       return home(*module.imported[name], depth + 1)
     if place not in starred:
-      starred[place] = {
-        each: star for star in reversed(module.stars) if star in table for each in bound(table[star])
-      }
+      starred[place] = {each: star for star in reversed(module.stars) if star in table for each in bound(table[star])}
     return home(starred[place][name], name, depth + 1) if name in starred[place] else None
 
   # The shortest name wins, and of two equally short ones that under which it was defined.
@@ -371,9 +361,7 @@ STARS = re.compile(r"(?<!\w)(\*{1,2})(?=\w)([^*\n]*\w)\1(?!\w)")
 # "x (int): the number", "x: int, the number", "x : array", ":param x:", "- item", "@tag": no sentences.
 ITEM = re.compile(r"^(\w+\s*\([^)]*\)\s*:|\w+\s+:\s|\w+:\s|[:@>$#\-*+|.])")
 # Notes to the maintainers of the code, which nobody would search for.
-NOTE = re.compile(
-  r"^(todo|fixme|xxx|see|deprecated|private|internal|copyright|alias (of|for)|same as|like)\b", re.I
-)
+NOTE = re.compile(r"^(todo|fixme|xxx|see|deprecated|private|internal|copyright|alias (of|for)|same as|like)\b", re.I)
 OTHER = re.compile(r"https?://|[{}<>=|\\]{2}|[%{]\w")
 
 
@@ -395,9 +383,7 @@ def divide(text: str) -> tuple[str, str]:
   while len(paragraphs) > 1 and (SIGNATURE.match(paragraphs[0]) or paragraphs[0].strip() == "--"):
     paragraphs.pop(0)
   rest = "\n\n".join(paragraphs[1:])
-  rest = LITERAL.sub(
-    lambda match: f"{match[2]}.\n\n" if match[2] and not match[2].startswith("..") else "\n", rest
-  )
+  rest = LITERAL.sub(lambda match: f"{match[2]}.\n\n" if match[2] and not match[2].startswith("..") else "\n", rest)
   for part in (FENCED, DOCTEST, DIRECTIVE, UNDERLINE):
     rest = part.sub("", rest)
   summary, body = clean(UNDERLINE.sub("", paragraphs[0])), clean(rest)
@@ -499,9 +485,7 @@ def make_rows(docs: Iterable[Doc]) -> Rows:
       positives.append(positive)
   rows: dict[str, list[Row]] = {"corpus": corpus, "train": [], "dev": [], "test": []}
   for key, (summary, positives) in queries.items():
-    rows[split_of(key)].append(
-      Row(hashlib.sha256(key.encode()).hexdigest()[:12], "", summary, tuple(positives))
-    )
+    rows[split_of(key)].append(Row(hashlib.sha256(key.encode()).hexdigest()[:12], "", summary, tuple(positives)))
   return dict(rows)
 
 
