@@ -44,7 +44,8 @@ def write(path: Path, content: bytes | str | Iterable[str]) -> None:
 class Data:
   """Which texts, and how much of each is read."""
 
-  name: str = "docstrings"
+  name: Literal["docstrings", "jsonl"] = "docstrings"
+  folder: str = ""  # jsonl: where corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl lie
   packages: tuple[str, ...] = (
     "python",
     "numpy",
@@ -59,7 +60,13 @@ class Data:
   passage_length: int = 128
 
   def __post_init__(self):
-    check(self.name == "docstrings", "data.name", self.name, "known data sets: docstrings")
+    check(self.name in ("docstrings", "jsonl"), "data.name", self.name, "known data sets: docstrings, jsonl")
+    check(
+      bool(self.folder) == (self.name == "jsonl"),
+      "data.folder",
+      self.folder,
+      "is for data.name='jsonl', and needed there",
+    )
     check(len(self.packages) > 0, "data.packages", self.packages, "name at least one package, such as python")
     for field in ("query_length", "passage_length"):
       check(getattr(self, field) >= 4, f"data.{field}", getattr(self, field), "needs at least 4 tokens")

@@ -179,9 +179,10 @@ def once(directory: Path, work: Callable[[Path], dict[str, Any]]) -> dict[str, A
   say(f"{directory.name}")
   start = time.monotonic()
   result = work(folder(directory))
-  result = {**result, "seconds": round(time.monotonic() - start, 1)}
-  config.write(done, json.dumps(result, indent=2))
-  return result
+  seconds = time.monotonic() - start
+  config.write(done, json.dumps({**result, "seconds": round(seconds, 1)}, indent=2))
+  say(f"  {directory.name} took {clock(seconds)}")
+  return read(done)
 
 
 # ---- Stages --------------------------------------------------------------------------------------------------------
@@ -240,6 +241,7 @@ def prepare(directory: Path, settings: Config) -> Run:
       "seconds": round(time.monotonic() - begin, 1),
     }
     config.write(known, json.dumps(result, indent=2))
+    say(f"  prepare took {clock(time.monotonic() - begin)}")
   say(f"  {len(passages)} passages, {len(data.queries['train'].ids)} training queries, from {read(known)['start']}")
   return current
 

@@ -7,4 +7,4 @@ set -x
 ruff check
 ruff format --check
 mypy
-python -m pytest --cov --cov-report=term "$@"
+python -m pytest -n 2 --dist loadfile --cov --cov-report=term "$@"

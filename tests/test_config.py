@@ -15,6 +15,8 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 @pytest.mark.parametrize(
   ("make", "says"),
   [
+    (lambda: config.Data(name="jsonl"), "data.folder=''"),
+    (lambda: config.Data(folder="x"), "data.folder='x'"),
     (lambda: config.Data(name="x"), "data.name='x'"),
     (lambda: config.Data(packages=()), "data.packages=()"),
     (lambda: config.Data(query_length=3), "data.query_length=3"),

@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -114,13 +115,19 @@ def load(data: Data) -> Dataset:
   Safe to kill and safe to run in several processes: one of them prepares into a temporary folder that is
   renamed when it is whole, the others wait. Raises a `UserError` if the data set cannot be made or written.
   """
-  from ernie_jax.datasets import docstrings
-
+  source = importlib.import_module(f"ernie_jax.datasets.{data.name}")
   directory = Path(data.cache).expanduser() / "data"
   with _quiet():
-    prepare(docstrings.builder(data, directory), directory)
+    prepare(source.builder(data, directory), directory)
     # A builder looks at the disk when it is made: the first may have been made before another process wrote.
-    return read(docstrings.builder(data, directory))
+    builder = source.builder(data, directory)
+    try:
+      return read(builder)
+    except Exception as error:  # the array_record reader and TFDS raise errors of many types
+      reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+      raise UserError(
+        f"{builder.data_dir}: cannot be read ({reason}); delete this folder, and it is made anew"
+      ) from error
 
 
 def prepare(builder: RetrievalBuilder, directory: Path) -> None:
