@@ -37,7 +37,8 @@ from ernie_jax.progress import clock, say
 from ernie_jax.scores import Params, Student, Teacher
 from ernie_jax.train import finished, train
 
-TRAINED = ("interaction", "warmup", "cascade")  # the training stages, in order
+STAGES = ("prepare", "baselines", "interaction", "mine", "warmup", "check", "cascade", "encode", "evaluate")
+TRAINED = ("interaction", "warmup", "cascade")
 DEPTH = 100  # of the dual-encoder's run files
 
 
@@ -94,20 +95,19 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
   claim(directory, settings, fresh)
   with jax.set_mesh(mesh.make()):
     current = prepare(directory, settings)
-    stages = {"prepare": read(directory / "prepare" / "manifest.json")}
-    stages["baselines"] = current.stage("baselines", lambda folder: baselines(current))
+    current.stage("baselines", lambda _: baselines(current))
     interaction = fit(current, "interaction", current.params, None)
-    stages["mine"] = current.stage("mine", lambda folder: mine(current, interaction, folder))
+    mining = current.stage("mine", lambda place: mine(current, interaction, place))
     negatives = mined(current)
     warm = fit(current, "warmup", interaction, negatives)
-    stages["check"] = current.stage("check", lambda folder: check_teacher(current, warm))
+    check = current.stage("check", lambda _: check_teacher(current, warm))
     cascade = fit(current, "cascade", warm, negatives)
-    stages["encode"] = current.stage("encode", lambda folder: encode(current, cascade, folder))
+    encoding = current.stage("encode", lambda place: encode(current, cascade, place))
+    best = "interaction" if mining["dev"]["MRR@10"] > encoding["dev"]["MRR@10"] else "cascade"
     students = {"interaction": interaction, "cascade": cascade}
-    best = max(("interaction", "cascade"), key=lambda name: stages[encoded_in(name)]["dev"]["MRR@10"])
-    stages["evaluate"] = current.stage("evaluate", lambda folder: measure(current, students, best))
-  stages |= {name: read(directory / name / "manifest.json") for name in TRAINED}
-  results = {k: v for k, v in stages["evaluate"].items() if k != "seconds"}
+    results = current.stage("evaluate", lambda _: measure(current, students, best))
+  stages = {name: read(directory / name / "manifest.json") for name in STAGES}
+  results = {k: v for k, v in results.items() if k != "seconds"}
   manifest = {
     "config": dataclasses.asdict(settings),
     "seed": settings.seed,
@@ -116,7 +116,7 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
     "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
     "stages": stages,
     "best_stage": best,
-    "teacher_check": {k: v for k, v in stages["check"].items() if k != "seconds"},
+    "teacher_check": check,
   }
   config.write(directory / "manifest.json", json.dumps(manifest, indent=2))
   config.write(directory / "metrics.json", json.dumps(results, indent=2))

@@ -15,7 +15,6 @@ from ernie_jax import evaluate, recipe
 from ernie_jax.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-STAGES = ("prepare", "baselines", "interaction", "mine", "warmup", "check", "cascade", "encode", "evaluate")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_it_leaves_what_the_readme_says(whole):
     assert f"{results[system]['MRR@10']:.3f}" in printed
   assert results["depth"] == {"late": 20, "cross": 5}
   manifest = json.loads((directory / "manifest.json").read_text())
-  assert set(manifest["stages"]) == set(STAGES)
+  assert set(manifest["stages"]) == set(recipe.STAGES)
   assert all(stage["seconds"] > 0 for stage in manifest["stages"].values())
   assert "<svg" in (directory / "report.html").read_text()
   for stage in recipe.TRAINED:
@@ -197,7 +196,7 @@ def test_no_interruption_changes_the_result(whole, place):
   process = begin(place, output)
   process.communicate()
   assert process.returncode == 0
-  assert log.read_text().count("done before") == len(STAGES) - 1  # prepare loads the data in any case
+  assert log.read_text().count("done before") == len(recipe.STAGES) - 1  # prepare loads the data in any case
 
 
 def test_another_configuration_in_the_same_folder_is_refused(whole, capsys):
