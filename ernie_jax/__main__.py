@@ -69,12 +69,15 @@ def load_config(path: str) -> Config:
   """The `config` of a configuration file."""
   if not Path(path).is_file():
     raise UserError(f"{path}: no such configuration file; try configs/quickstart.py")
+  sys.path.insert(0, str(Path(path).resolve().parent))  # a configuration may import another one beside it
   try:
     found = runpy.run_path(path).get("config")
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
   except Exception as error:  # whatever a Python file can raise
     raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+  finally:
+    del sys.path[0]
   if not isinstance(found, Config):
     raise UserError(f"{path}: defines no `config = Config(...)`")
   return found

@@ -14,6 +14,7 @@ import numpy as np
 
 from ernie_jax import config, step
 from ernie_jax.config import UserError
+from ernie_jax.progress import say
 from ernie_jax.scores import Params
 
 KEEP = 2  # the newest and one to fall back to
@@ -45,22 +46,27 @@ class Checkpoints:
     """Starts saving `state` (with a `step`) and the iterator's `position`."""
     arrays = named(state)
     meta = {"position": position, "crc32": {name: checksum(x) for name, x in arrays.items()}}
-    self.manager.save(
-      int(state.step),
-      args=self.ocp.args.Composite(state=self.ocp.args.StandardSave(arrays), meta=self.ocp.args.JsonSave(meta)),
-    )
+    items = self.ocp.args.Composite(state=self.ocp.args.StandardSave(arrays), meta=self.ocp.args.JsonSave(meta))
+    if not self.manager.save(int(state.step), args=items):
+      raise RuntimeError(f"{self.directory}: step {int(state.step)} was not saved: a newer one is there")
 
   def newest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """State and position of the newest intact checkpoint, arranged as `like`; None where there is none at all.
 
-    A damaged newer one is passed over. If all are damaged: `UserError`.
+    Damaged newer ones are passed over and deleted (saving goes on from the older). If all are damaged: `UserError`.
     """
-    damage = ""
+    damage, damaged = "", []
     for number in sorted(self.manager.all_steps(), reverse=True):
       try:
-        return self._read(number, like)
+        found = self._read(number, like)
       except Exception as error:  # damage surfaces as errors of many types, from JSON to the array store
         damage = damage or f"step {number}: {first_line(error)}"
+        damaged.append(number)
+        continue
+      for broken in damaged:
+        say(f"  checkpoint {self.directory / str(broken)} is damaged: deleted, continuing from step {number}")
+        self.manager.delete(broken)
+      return found
     if damage:
       raise UserError(f"{self.directory}: no intact checkpoint ({damage}); delete this folder to train the stage again")
     return None

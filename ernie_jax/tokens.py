@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ernie_jax import config
 from ernie_jax.config import UserError
 
 if TYPE_CHECKING:
@@ -92,10 +93,15 @@ class Tokenizer:
   def save(self, directory: Path) -> None:
     """Writes `tokenizer.json` and the two lines of `tokenizer_config.json` that other tools look for."""
     directory.mkdir(parents=True, exist_ok=True)
-    self.backend.save(str(directory / "tokenizer.json"))
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     settings = {"tokenizer_class": "BertTokenizerFast", "mask_token": "[MASK]"} | names
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    config.write(directory / "tokenizer_config.json", json.dumps(settings, indent=2))
+    config.write(directory / "tokenizer.json", self.backend.to_str(pretty=True))
+
+
+def digest(tokenizer: Tokenizer) -> str:
+  """16 hex digits of everything that a tokenizer does."""
+  return hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

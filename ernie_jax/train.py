@@ -68,7 +68,7 @@ def train(
     raise UserError(f"batch={stage.batch}: does not divide over {devices} devices; use {good}")
   data_mesh = mesh.make()
   iterator = batches.batches(texts, data, stage, seed)
-  key = jax.random.key(seed)
+  key = jax.random.fold_in(jax.random.key(seed), 0x7EA)  # not the key that made the parameters
   # The step donates its state: train on a copy, so that the caller's parameters stay valid.
   state = step.init_state(jax.tree.map(jax.numpy.copy, params), model, stage)
   train_step: Any = step.make_train_step(model, stage)
@@ -88,20 +88,28 @@ def train(
     with Progress(directory.name, stage.steps, "steps", done) as bar, log, board:
       for number in range(done + 1, stage.steps + 1):
         batch = mesh.shard(next(iterator), data_mesh)
-        state, logs = train_step(state, batch, key)
+        try:
+          state, logs = train_step(state, batch, key)
+        except jax.errors.JaxRuntimeError as error:
+          if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+          raise UserError(
+            f"{directory.name}: the device's memory is too small for batch={stage.batch}; lower it, or set model.remat"
+          ) from error
         terms = {name: float(x) for name, x in logs.items()}
         log.write(number, terms, time.monotonic() - start)
         for name, x in terms.items():
           board.add_scalar(f"train/{name}", x, number)
-        if not math.isfinite(terms["total"]):
-          bad = [name for name in stage.weights.active if not math.isfinite(terms[name])] or ["total"]
+        bad = [name for name in (*stage.weights.active, "gradient_norm") if not math.isfinite(terms[name])]
+        if bad:
           raise UserError(
             f"{directory.name}, step {number}: {', '.join(sorted(bad))} is not finite; lower optimizer.learning_rate"
           )
-        if number % stage.checkpoint_every == 0 or number == stage.steps or stop.asked:
+        stopping = stop.asked  # read once: it may change at any moment
+        if number % stage.checkpoint_every == 0 or number == stage.steps or stopping:
           checkpoints.save(state, iterator.get_state())
         bar.advance(1, f"loss {terms['total']:.3f}")
-        if stop.asked and number < stage.steps:
+        if stopping:
           raise Interrupted(f"{directory.name}: stopped and saved after step {number}")
   return state.params, train_step._cache_size()
 
@@ -124,7 +132,7 @@ class _Log:
           kept += [line] if json.loads(line)["step"] <= done else []
         except ValueError:  # a line cut short by a kill
           break
-    path.write_text("".join(line + "\n" for line in kept))
+    config.write(path, "".join(line + "\n" for line in kept))
     self.path = path
 
   def __enter__(self) -> _Log:

@@ -38,6 +38,17 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
     (lambda: config.Train(), "negatives=0: kl_ce_de, kl_ce_li, nll_ce"),
     (lambda: config.Train(weights=Weights.only(nll_li=1)), "late_pool='own'"),
     (lambda: config.Train(negatives=1, frozen_teacher=True), "weights.nll_ce=1.0: trains nothing"),
+    (lambda: config.Train(weights=Weights.only(nll_de=1), dual_pool="own"), "dual_pool='own'"),
+    (lambda: config.Optimizer(weight_decay=float("nan")), "optimizer.weight_decay=nan"),
+    (lambda: config.Optimizer(head_learning_rate=0), "optimizer.head_learning_rate=0"),
+    (lambda: config.Config(seed=-1), "seed=-1"),
+    (
+      lambda: config.Config(
+        model=config.Model(share_encoder=True),
+        cascade=config.Train(negatives=1, frozen_teacher=True, weights=Weights.only(nll_de=1, kl_ce_de=1)),
+      ),
+      "cascade.frozen_teacher=True",
+    ),
     (lambda: config.Mine(first=3, last=2), "mine.first=3"),
     (lambda: config.Evaluate(cross_depth=0), "evaluate.cross_depth=0"),
   ],

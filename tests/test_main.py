@@ -1,5 +1,6 @@
 """The command line: mistakes end in one line that says what, where and what to do, with exit code 2."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from ernie_jax import progress
 from ernie_jax.__main__ import main
 
+ERNIE = str(Path(__file__).parent / "fixtures" / "ernie")
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
 
 
@@ -26,6 +28,10 @@ TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
     (["run", TINY, "--model.start", "/nowhere"], "model.start='/nowhere': no such directory"),
     (["run", TINY, "--data.passage-length", "600"], "data.passage_length=600"),
     (["run", TINY, "--model.dropout", "0"], "cascade.weights.dualreg_query"),
+    (["run", TINY, "--model.teacher-start", "/nowhere"], "model.teacher_start='/nowhere': no such directory"),
+    (["run", TINY, "--model.teacher-start", ERNIE], "no tokenizer.json and no vocab.txt"),
+    (["run", TINY, "--seed", "-1"], "seed=-1"),
+    (["run", TINY, "--warmup.negatives", "100000"], "negatives=100000: the corpus of"),
     (["search", "/nowhere", "a query"], "/nowhere: no finished run here"),
     (["search"], "required"),
     (["search", "/nowhere", "--k", "0"], "--k 0"),
@@ -64,11 +70,26 @@ def test_an_output_that_cannot_be_one_is_refused(tmp_path, capsys):
   (tmp_path / "file").write_text("")
   (tmp_path / "full").mkdir()
   (tmp_path / "full" / "thesis.txt").write_text("")
-  for name, says in (("file", "is a file"), ("full", "holds files but no run")):
+  (tmp_path / "weights").mkdir()
+  (tmp_path / "weights" / "config.json").write_text('{"model_type": "bert"}')  # a checkpoint's, not a run's
+  (tmp_path / "list").mkdir()
+  (tmp_path / "list" / "config.json").write_text("[]")
+  refusals = {"file": "is a file", "full": "no run", "weights": "no run", "list": "no run"}
+  for name, says in refusals.items():
     assert main(["run", TINY, "--output", str(tmp_path / name)]) == 2
     assert says in capsys.readouterr().err
     assert main(["run", TINY, "--output", str(tmp_path / name), "--fresh"]) == 2
   assert (tmp_path / "full" / "thesis.txt").exists()
+  assert (tmp_path / "weights" / "config.json").exists()
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(tmp_path, capsys):
+  shutil.copytree(ERNIE, tmp_path / "ernie")
+  words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
+  (tmp_path / "ernie" / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
+  places = ["--output", str(tmp_path / "out"), "--data.cache", str(tmp_path / "cache")]
+  assert main(["run", TINY, *places, "--model.teacher-start", str(tmp_path / "ernie")]) == 2
+  assert "its vocabulary is not the student's" in capsys.readouterr().err
 
 
 def test_help_and_nothing(capsys):

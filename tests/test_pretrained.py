@@ -92,6 +92,38 @@ def test_a_prefix_of_the_names_is_read_over(copy):
     np.testing.assert_array_equal(x, expected[name])
 
 
+def test_old_names_of_norms_are_read(copy):
+  expected = pretrained.load(copy, "").encoder
+
+  def rename(tensors):
+    for name in list(tensors):
+      if "LayerNorm" in name:
+        tensors[name.replace(".weight", ".gamma").replace(".bias", ".beta")] = tensors.pop(name)
+
+  edit(copy, rename)
+  for name, x in pretrained.load(copy, "").encoder.items():
+    np.testing.assert_array_equal(x, expected[name])
+
+
+def test_a_cross_encoders_logit_is_taken_over(copy):
+  weight = np.arange(16, dtype=np.float32)[None]
+  edit(copy, lambda t: t.update({"classifier.weight": weight, "classifier.bias": np.float32([3])}))
+  checkpoint = pretrained.load(copy, "")
+  a = checkpoint.architecture
+  params = pretrained.assign(step.init_params(config.Model(), a, a, jax.random.key(0)), checkpoint, checkpoint)
+  np.testing.assert_array_equal(params["teacher"].head.kernel[...], weight.T)
+  np.testing.assert_array_equal(params["teacher"].head.bias[...], [3])
+  edit(copy, lambda t: t.update({"classifier.weight": np.zeros((2, 16), np.float32)}))
+  assert pretrained.load(copy, "").head == {}  # two classes are no ranking score
+
+
+def test_the_digest_follows_the_weights(copy):
+  before = pretrained.load(copy, "").digest()
+  assert pretrained.load(copy, "elsewhere").digest() == before
+  edit(copy, lambda t: t.update({"embeddings.LayerNorm.bias": t["embeddings.LayerNorm.bias"] + 1}))
+  assert pretrained.load(copy, "").digest() != before
+
+
 def test_a_checkpoint_without_a_pooler_has_none(copy):
   edit(copy, lambda t: [t.pop(name) for name in list(t) if "pooler" in name])
   assert pretrained.load(copy, "").pooler == {}

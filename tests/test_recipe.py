@@ -207,6 +207,21 @@ def test_another_configuration_in_the_same_folder_is_refused(whole, capsys):
   assert message.count("\n") == 1
 
 
+def test_a_run_that_began_with_other_weights_is_not_continued(whole, capsys):
+  directory, _ = whole
+  path = directory / "prepare" / "manifest.json"
+  raw = path.read_text()
+  changed = json.loads(raw)
+  changed["begun"]["weights"] = ["0123456789abcdef", "random"]
+  try:
+    path.write_text(json.dumps(changed))
+    command = ["run", str(ROOT / "configs" / "tiny.py"), "--output", str(directory)]
+    assert main([*command, "--data.cache", str(directory.parent / "cache")]) == 2
+  finally:
+    path.write_text(raw)
+  assert "weights changed since this run began" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
   "name", ["model/model.json", "model/model.safetensors", "mine/vectors.npy", "prepare/corpus.jsonl"]
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import jax
@@ -126,6 +127,38 @@ def test_a_loss_that_is_not_finite_names_term_and_step(params, texts, tmp_path):
   broken["teacher"].head = spoilt
   with pytest.raises(UserError, match=r"step 1: .*nll_ce.* is not finite"):
     run(tmp_path, broken, texts)
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(params, texts, tmp_path, monkeypatch):
+  real = loop.step.make_train_step
+
+  def make(*arguments):
+    apply = real(*arguments)
+
+    def spoilt(state, batch, key):
+      state, logs = apply(state, batch, key)
+      return state, logs | {"gradient_norm": jax.numpy.inf}
+
+    return spoilt
+
+  monkeypatch.setattr(loop.step, "make_train_step", make)
+  with pytest.raises(UserError, match="step 1: gradient_norm is not finite"):
+    run(tmp_path, params, texts)
+  assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_training_goes_on_after_a_damaged_checkpoint(whole, params, texts, tmp_path):
+  """The last checkpoint is damaged: its stage is trained again from the one before, to the same end."""
+  directory, expected, _ = whole
+  shutil.copytree(directory, tmp_path / "copy")
+  for path in (tmp_path / "copy" / "checkpoints" / "4").rglob("*"):
+    if path.is_file():
+      path.write_bytes(b"")
+  got, _ = run(tmp_path / "copy", params, texts)
+  kept = loop.finished(tmp_path / "copy", params, MODEL, STAGE)
+  for a, b, c in zip(*(jax.tree.leaves(x) for x in (got, kept, expected)), strict=True):
+    np.testing.assert_array_equal(a, c)
+    np.testing.assert_array_equal(b, c)
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_good_sizes(params, texts, tmp_path):
