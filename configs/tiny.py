@@ -22,7 +22,7 @@ temperature = Temperatures(dual=0.05, late=0.5)
 config = Config(
   data=Data(packages=("python",), query_length=16, passage_length=32),
   model=Model(
-    scratch=Architecture(vocabulary=4000, width=64, layers=2, heads=2, inner=128),
+    scratch=Architecture(vocabulary=4000, width=64, layers=1, heads=2, inner=128, attention_dropout=0.0),
     pooling="mean",
     cosine=True,
     late_width=32,
