@@ -7,7 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from ernie_jax.recipe import Searcher
+from ernie_jax.retrieval import Searcher
 
 QUERIES = (
   "how do I pad an array with zeros",

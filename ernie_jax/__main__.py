@@ -102,9 +102,9 @@ def search(args: Sequence[str]) -> None:
   chosen = parse(Search, "search", args)
   if chosen.k < 1:
     raise UserError(f"--k {chosen.k}: must be at least 1")
-  from ernie_jax import recipe
+  from ernie_jax import retrieval
 
-  searcher = recipe.Searcher(chosen.run)
+  searcher = retrieval.Searcher(chosen.run)
   if chosen.query is not None:
     show(searcher(chosen.query, chosen.k))
     return

@@ -371,15 +371,9 @@ def encode_corpus(current: Run, params: Params, place: Path) -> tuple[retrieval.
 
 def encoded(place: Path) -> retrieval.Encoded:
   """What `encode_corpus` kept."""
-  return retrieval.Encoded(**{f.name: load(place / f"{f.name}.npy") for f in dataclasses.fields(retrieval.Encoded)})
-
-
-def load(path: Path) -> np.ndarray:
-  """An array of the run."""
-  try:
-    return np.load(path)
-  except (OSError, ValueError, EOFError) as error:
-    raise UserError(f"{path}: missing or damaged; delete {path.parent}, and the run makes it again") from error
+  return retrieval.Encoded(
+    **{f.name: retrieval.load(place / f"{f.name}.npy") for f in dataclasses.fields(retrieval.Encoded)}
+  )
 
 
 def encoded_in(name: str) -> str:
@@ -411,7 +405,7 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   e = current.config.evaluate
   store = current.queries["dev"]
   some = np.arange(min(e.teacher_queries, len(store)))
-  vectors = load(current.directory / "mine" / "vectors.npy")
+  vectors = retrieval.load(current.directory / "mine" / "vectors.npy")
   queries = current.encode(student_params, store, "dev queries", late=False)
   values, found = retrieval.top_k(queries.vectors[some], vectors, e.teacher_depth)
   teacher = retrieval.rerank_cross(
@@ -499,33 +493,3 @@ def keep(current: Run, students: dict[str, Params], best: str) -> Params:
   }
   checkpoints.save_model(place, params, settings, about)
   return params
-
-
-# ---- Use -----------------------------------------------------------------------------------------------------------
-
-
-class Searcher:
-  """Dual-encoder search over the corpus of a finished run."""
-
-  def __init__(self, directory: Path):
-    if not (directory / "model" / "model.json").is_file():
-      raise UserError(f"{directory}: no finished run here (model/model.json is missing); `ernie-jax run` makes one")
-    self.params, self.model, self.about = checkpoints.load_model(directory / "model")
-    self.tokenizer = tokens.Tokenizer.load(directory / "model" / "tokenizer")
-    self.vectors = load(directory / self.about["corpus"])
-    path = directory / "prepare" / "corpus.jsonl"
-    try:
-      self.corpus = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-      raise UserError(f"{path}: missing or damaged; delete {path.parent} and run the recipe again") from error
-    if len(self.corpus) != len(self.vectors):
-      raise UserError(f"{path}: {len(self.corpus)} passages, but {len(self.vectors)} vectors; run the recipe again")
-
-  def __call__(self, query: str, k: int = 10) -> list[tuple[float, dict[str, str]]]:
-    """The k best passages, best first: (score, {"id", "title", "text"})."""
-    store = tokens.in_memory([query], self.tokenizer)
-    longest = self.about["data"]["query_length"]
-    rows = batches.rows([[batches.cut(store[0], longest)]], longest, self.tokenizer)
-    vectors, *_ = retrieval.embed(self.params["student"], rows, self.model, True, False)
-    values, found = retrieval.top_k(np.asarray(vectors), self.vectors, k)
-    return [(float(value), self.corpus[row]) for value, row in zip(values[0], found[0])]

@@ -185,7 +185,7 @@ def _times(stages: dict) -> str:
   longest = max(seconds.values(), default=0) or 1
   body = []
   for stage, record in stages.items():
-    details = {key: value for key, value in _dict(record).items() if key != "seconds" and _scalar(value)}
+    details = {key: value for key, value in _dict(record).items() if key != "seconds" and _value(value) is not None}
     note = ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in details.items())
     body.append(_bar(stage, note, seconds[stage] / longest, _duration(seconds[stage])))
   body.append(f"<p class=note>{_duration(sum(seconds.values()))} in all.</p>" if stages else "")
@@ -325,10 +325,6 @@ def _json(path: Path) -> Any:
 
 def _dict(value: Any) -> dict:
   return value if isinstance(value, dict) else {}
-
-
-def _scalar(value: Any) -> bool:
-  return isinstance(value, str | int | float) and value != ""
 
 
 def _value(value: Any) -> float | None:

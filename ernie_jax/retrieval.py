@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ernie_jax import batches, config, mesh, scores
+from ernie_jax import batches, checkpoints, config, mesh, scores
+from ernie_jax.config import UserError
 from ernie_jax.encoder import Rows
 from ernie_jax.progress import Progress
-from ernie_jax.tokens import Store, Tokenizer
+from ernie_jax.tokens import Store, Tokenizer, in_memory
 
 ROWS = 64  # texts encoded at once, on each device
 BUCKETS = 4  # row lengths compiled for: quarters of the longest
@@ -185,3 +188,38 @@ def mine(
     rows.append(found[i][allowed][settings.first - 1 : settings.last])
     kept.append(values[i][allowed][settings.first - 1 : settings.last])
   return rows, kept
+
+
+def load(path: Path) -> np.ndarray:
+  """An array of the run."""
+  try:
+    return np.load(path)
+  except (OSError, ValueError, EOFError) as error:
+    raise UserError(f"{path}: missing or damaged; delete {path.parent}, and the run makes it again") from error
+
+
+class Searcher:
+  """Dual-encoder search over the corpus of a finished run."""
+
+  def __init__(self, directory: Path):
+    if not (directory / "model" / "model.json").is_file():
+      raise UserError(f"{directory}: no finished run here (model/model.json is missing); `ernie-jax run` makes one")
+    self.params, self.model, self.about = checkpoints.load_model(directory / "model")
+    self.tokenizer = Tokenizer.load(directory / "model" / "tokenizer")
+    self.vectors = load(directory / self.about["corpus"])
+    path = directory / "prepare" / "corpus.jsonl"
+    try:
+      self.corpus = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+      raise UserError(f"{path}: missing or damaged; delete {path.parent} and run the recipe again") from error
+    if len(self.corpus) != len(self.vectors):
+      raise UserError(f"{path}: {len(self.corpus)} passages, but {len(self.vectors)} vectors; run the recipe again")
+
+  def __call__(self, query: str, k: int = 10) -> list[tuple[float, dict[str, str]]]:
+    """The k best passages, best first: (score, {"id", "title", "text"})."""
+    store = in_memory([query], self.tokenizer)
+    longest = self.about["data"]["query_length"]
+    rows = batches.rows([[batches.cut(store[0], longest)]], longest, self.tokenizer)
+    vectors, *_ = embed(self.params["student"], rows, self.model, True, False)
+    values, found = top_k(np.asarray(vectors), self.vectors, k)
+    return [(float(value), self.corpus[row]) for value, row in zip(values[0], found[0])]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ernie_jax import evaluate, recipe
+from ernie_jax import evaluate, recipe, retrieval
 from ernie_jax.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -115,7 +115,7 @@ def test_mined_negatives_are_no_positives(whole):
 
 def test_search_finds_a_passage_by_its_own_words(whole, capsys):
   directory, _ = whole
-  searcher = recipe.Searcher(directory)
+  searcher = retrieval.Searcher(directory)
   hits = 0
   for row in range(0, len(searcher.corpus), 100):
     passage = searcher.corpus[row]
@@ -136,25 +136,13 @@ def test_search_equals_the_run_file(whole):
     recipe.checkpoints.config.Data(packages=("python",), cache=str(directory.parent / "cache"))
   )
   test = queries.queries["test"]
-  searcher = recipe.Searcher(directory)
+  searcher = retrieval.Searcher(directory)
   for name, text in list(zip(test.ids, test.texts))[:5]:
     found = {passage["id"]: score for score, passage in searcher(text, 10)}
     np.testing.assert_allclose(list(found.values()), [run[name][p] for p in found], atol=1e-4)
 
 
-INTERRUPTIONS = [
-  ("prepare", signal.SIGKILL),
-  ("baselines", signal.SIGINT),
-  ("interaction", signal.SIGINT),
-  ("interaction", signal.SIGKILL),
-  ("mine", signal.SIGKILL),
-  ("warmup", signal.SIGINT),
-  ("check", signal.SIGKILL),
-  ("cascade", signal.SIGKILL),
-  ("cascade", signal.SIGINT),
-  ("encode", signal.SIGINT),
-  ("evaluate", signal.SIGKILL),
-]
+INTERRUPTIONS = [(stage, how) for stage in recipe.STAGES for how in (signal.SIGINT, signal.SIGKILL)]
 
 
 def lines(path: Path) -> int:
