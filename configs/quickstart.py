@@ -35,5 +35,5 @@ config = Config(
     temperature=temperature,
     optimizer=Optimizer(learning_rate=2e-5),
   ),
-  evaluate=Evaluate(late_depth=100, cross_depth=20),
+  evaluate=Evaluate(late_depth=100, cross_depth=10, teacher_queries=100),
 )
