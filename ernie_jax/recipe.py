@@ -224,7 +224,7 @@ def prepare(directory: Path, settings: Config) -> Run:
     "weights": ["random" if c is None else c.digest() for c in (student, teacher)],
     "tokenizer": tokens.digest(tokenizer),
   }
-  if known.is_file() and (before := read(known)["begun"]) != begun:
+  if known.is_file() and (before := read(known).get("begun", {})) != begun:
     field = next(name for name in begun if before.get(name) != begun[name])
     raise UserError(
       f"{directory}: {field} changed since this run began ({before.get(field)} -> {begun[field]}); use --fresh"
