@@ -1,6 +1,9 @@
 """The main job on a laptop's CPU: all-MiniLM-L6-v2 on the docstrings of installed packages.
 
-bash launch/quickstart.sh          (or: ernie-jax run configs/quickstart.py --output runs/quickstart)
+  bash launch/quickstart.sh          (or: ernie-jax run configs/quickstart.py --output runs/quickstart)
+
+Measured on 2 shared CPU cores, 3 seeds (RESULTS.md): 18 minutes with installation, 4.8 GB; test MRR@10 of the
+dual-encoder 0.637 +- 0.008, of BM25 0.549.
 """
 
 from ernie_jax.config import Config, Data, Evaluate, Mine, Model, Optimizer, Temperatures, Train, Weights
