@@ -2,7 +2,7 @@
 
   ernie-jax run configs/tiny.py --output runs/tiny
 
-Measured on one shared CPU core (RESULTS.md): 57 s, 1:10 the first time, when the data are prepared; 40 s is compilation.
+Measured on one shared CPU core (RESULTS.md): 57 s, 1:10 the first time, which prepares the data; 40 s is compilation.
 """
 
 from ernie_jax.config import (
