@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ernie_jax import config, step
-from ernie_jax.config import UserError
+from ernie_jax.config import UserError, first_line
 from ernie_jax.progress import say
 from ernie_jax.scores import Params
 
@@ -102,12 +102,6 @@ def named(tree: Any) -> dict[str, jax.Array]:
 
 def checksum(x: jax.Array) -> int:
   return zlib.crc32(np.ascontiguousarray(np.asarray(x)).tobytes())
-
-
-def first_line(error: Exception) -> str:
-  """An error's first line, cut to 120 characters."""
-  text = str(error).strip().splitlines() or [type(error).__name__]
-  return text[0][:120]
 
 
 def save_model(directory: Path, params: Params, model: config.Model, about: dict[str, Any]) -> None:

@@ -19,6 +19,12 @@ class UserError(Exception):
   """Something the user can put right. Shown as one line; the command ends with exit code 2."""
 
 
+def first_line(error: Exception) -> str:
+  """An error's first line, cut to 120 characters."""
+  text = str(error).strip().splitlines() or [type(error).__name__]
+  return text[0][:120]
+
+
 def check(condition: bool, field: str, value: Any, remedy: str) -> None:
   """Raises a `UserError` that names field, value and remedy unless `condition` holds."""
   if not condition:

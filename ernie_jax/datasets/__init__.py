@@ -24,7 +24,7 @@ from typing import NamedTuple
 import tensorflow_datasets as tfds
 from absl import logging
 
-from ernie_jax.config import Data, UserError
+from ernie_jax.config import Data, UserError, first_line
 
 SPLITS = ("train", "dev", "test")  # of the queries; the passages are the split "corpus"
 
@@ -124,9 +124,8 @@ def load(data: Data) -> Dataset:
     try:
       return read(builder)
     except Exception as error:  # the array_record reader and TFDS raise errors of many types
-      reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
       raise UserError(
-        f"{builder.data_dir}: cannot be read ({reason}); delete this folder, and it is made anew"
+        f"{builder.data_dir}: cannot be read ({first_line(error)}); delete this folder, and it is made anew"
       ) from error
 
 
