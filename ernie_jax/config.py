@@ -206,6 +206,7 @@ class Optimizer:
   warmup: float = 0.1  # share of the stage's steps
   weight_decay: float = 0.01
   clip: float = 1.0  # largest global gradient norm
+  shard: bool = False  # each device keeps and updates a part of AdamW's moments (ZeRO-1): for a large teacher
 
   def __post_init__(self):
     check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
@@ -223,6 +224,7 @@ class Train:
   steps: int = 1000
   batch: int = 64  # B: queries in the global batch, over all devices
   negatives: int = 0  # n: hard negatives of each query; its list has K = 1 + n passages
+  chunk: int | None = None  # queries encoded at once on each device, with their lists; None: all. Memory, for a forward
   weights: Weights = Weights()
   temperature: Temperatures = Temperatures()
   dual_pool: Literal["global", "own"] = "global"  # candidates of nll_de: every passage of the global batch, or its list
@@ -235,6 +237,7 @@ class Train:
     for field in ("steps", "batch", "checkpoint_every"):
       check(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
     check(self.negatives >= 0, "negatives", self.negatives, "must be 0 or more")
+    check(self.chunk is None or self.chunk >= 1, "chunk", self.chunk, "must be at least 1, or None for no chunks")
     lists = self.weights.active & {"nll_ce", "kl_ce_li", "kl_ce_de"}
     check(
       self.negatives > 0 or not lists,

@@ -1,12 +1,13 @@
 """The ERNIE/BERT encoder: post-norm transformer layers over rows of tokens.
 
-Modules are declarations: a module is its parameters, calling it is pure, a key is an argument, and no key means no
+Modules are declarations: a module is its parameters, calling it is pure, noise is an argument, and no noise means no
 dropout. They are pytrees, used under plain `jax.jit`, `jax.grad` and `jax.lax.scan`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx, struct
 from ernie_jax import config
 
 if TYPE_CHECKING:
-  from jaxtyping import Array, Bool, Float, Int, Key
+  from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 
 @struct.dataclass
@@ -35,11 +36,42 @@ def linear(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: str | None = None, 
   return nnx.Linear(inputs, outputs, kernel_init=init, use_bias=bias, dtype=dtype and jnp.dtype(dtype), rngs=rngs)
 
 
-def drop(x: Float[Array, ...], rate: float, key: Key[Array, ""] | None) -> Float[Array, ...]:
-  """Inverted dropout; the identity without a key."""
-  if key is None or rate == 0:
+@struct.dataclass
+class Noise:
+  """Where dropout's randomness comes from: a place in the step (seed) and the row's number in the global batch.
+
+  A row's noise depends on nothing else, so it is the same in any chunk, on any device and on any host. JAX's own
+  generators number the elements of the array at hand; one key per row would give the same and costs several times more.
+  """
+
+  seeds: UInt32[Array, "*site 2"]
+  rows: UInt32[Array, "n"]
+
+  def at(self, seeds: UInt32[Array, "*site 2"]) -> Noise:
+    return self.replace(seeds=seeds)
+
+
+def seeds(key: Key[Array, ""], *shape: int) -> UInt32[Array, "*shape 2"]:
+  """Seeds for that many places."""
+  return jax.random.bits(key, (*shape, 2), jnp.uint32)
+
+
+def mix(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
+  """A 32-bit hash: multiply and xor-shift with the constants of Wellons' "lowbias32", which were searched for."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
+
+
+def drop(x: Float[Array, "n *m"], rate: float, noise: Noise | None) -> Float[Array, "n *m"]:
+  """Inverted dropout of rows; the identity without noise. An element is kept by the hash of its row and its place."""
+  if noise is None or rate == 0:
     return x
-  return nnx.Dropout(rate)(x, deterministic=False, rngs=key)
+  inside = x.shape[1:]
+  place = mix(jax.lax.iota(jnp.uint32, math.prod(inside)) ^ noise.seeds[0]).reshape(1, *inside)
+  row = mix(noise.rows ^ noise.seeds[1]).reshape(-1, *[1] * len(inside))
+  keep = mix(place ^ row) >= jnp.uint32(round(rate * 2**32))
+  return jnp.where(keep, x / (1 - rate), 0)
 
 
 class Layer(nnx.Module):
@@ -53,21 +85,21 @@ class Layer(nnx.Module):
     self.architecture = a
 
   def __call__(
-    self, x: Float[Array, "n l h"], mask: Bool[Array, "n 1 l l"], key: Key[Array, ""] | None
+    self, x: Float[Array, "n l h"], mask: Bool[Array, "n 1 l l"], noise: Noise | None
   ) -> tuple[Float[Array, "n l h"], Float[Array, "n heads l l"]]:
     """The layer's output, and its attention probabilities (before dropout, float32)."""
     a = self.architecture
-    keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+    noises = (None,) * 3 if noise is None else [noise.at(noise.seeds[i]) for i in range(3)]
     heads = lambda y: y.reshape(*y.shape[:2], a.heads, a.width // a.heads)
     query, keyed, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
     logits = jnp.einsum("nqad,nkad->naqk", query, keyed, preferred_element_type=jnp.float32)
     logits = jnp.where(mask, logits * (a.width // a.heads) ** -0.5, jnp.finfo(jnp.float32).min)
     attention = jax.nn.softmax(logits, axis=-1)
-    mixed = jnp.einsum("naqk,nkad->nqad", drop(attention, a.attention_dropout, keys[0]).astype(value.dtype), value)
-    x = self.attention_norm(x + drop(self.output(mixed.reshape(x.shape)), a.dropout, keys[1])).astype(x.dtype)
+    mixed = jnp.einsum("naqk,nkad->nqad", drop(attention, a.attention_dropout, noises[0]).astype(value.dtype), value)
+    x = self.attention_norm(x + drop(self.output(mixed.reshape(x.shape)), a.dropout, noises[1])).astype(x.dtype)
     activation = {"gelu": lambda y: jax.nn.gelu(y, approximate=False), "relu": jax.nn.relu}[a.activation]
     inner = self.down(activation(self.up(x)))
-    return self.output_norm(x + drop(inner, a.dropout, keys[2])).astype(x.dtype), attention
+    return self.output_norm(x + drop(inner, a.dropout, noises[2])).astype(x.dtype), attention
 
 
 def norm(a: config.Architecture, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -98,30 +130,29 @@ class Encoder(nnx.Module):
     self.architecture, self.dtype, self.scan, self.remat = a, dtype, scan, remat
 
   def __call__(
-    self, rows: Rows, key: Key[Array, ""] | None = None
+    self, rows: Rows, noise: Noise | None = None
   ) -> tuple[Float[Array, "n l h"], Float[Array, "n heads l l"]]:
-    """Hidden states of the last layer, and the last layer's attention probabilities.
+    """Hidden states of the last layer, and the last layer's attention probabilities; dropout where there is noise.
 
+    Noise brings seeds [layers + 1, 3, 2], as from `seeds(key, layers + 1, 3)`.
     Cost follows use: attention probabilities that nobody reads are removed by the compiler.
     """
     a = self.architecture
-    keys = jnp.zeros(a.layers + 1) if key is None else jax.random.split(key, a.layers + 1)
-    spec = jax.typeof(rows.tokens).sharding.spec
-    look = lambda table, ids: table(ids, out_sharding=spec)
-    x = look(self.word, rows.tokens) + look(self.position, rows.positions) + look(self.type, rows.types)
+    x = self.word(rows.tokens) + self.position(rows.positions) + self.type(rows.types)
     if self.task is not None:
-      x = x + look(self.task, jnp.zeros_like(rows.tokens))
-    x = drop(self.norm(x), a.dropout, None if key is None else keys[-1]).astype(self.dtype)
+      x = x + self.task(jnp.zeros_like(rows.tokens))
+    first = None if noise is None else noise.at(noise.seeds[-1, 0])
+    x = drop(self.norm(x), a.dropout, first).astype(self.dtype)
     same = rows.segments[:, :, None] == rows.segments[:, None, :]
     mask = (same & (rows.segments > 0)[:, None, :])[:, None]
 
-    def apply(x, layer_and_key):
-      layer, k = layer_and_key
-      return layer(x, mask, None if key is None else k)
+    def apply(x, layer_and_seeds):
+      layer, own = layer_and_seeds
+      return layer(x, mask, None if noise is None else noise.at(own))
 
     # The last layer stands apart because its attention is an output (distilled by kl_attention).
-    body, last = split_last((self.layers, keys[:-1]), a.layers)
-    step = lambda x, layer_and_key: (apply(x, layer_and_key)[0], None)
+    body, last = split_last((self.layers, None if noise is None else noise.seeds[:-1]), a.layers)
+    step = lambda x, layer_and_seeds: (apply(x, layer_and_seeds)[0], None)
     step = jax.checkpoint(step, prevent_cse=not self.scan) if self.remat else step
     if self.scan and a.layers > 1:
       x, _ = jax.lax.scan(step, x, body)

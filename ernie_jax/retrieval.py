@@ -54,10 +54,11 @@ def _each(
   """Applies a jitted function to all texts, batch by batch: (texts, row length, its result as numpy)."""
   devices = mesh.make()
   size = ROWS * jax.device_count()
+  mine = mesh.share(devices, size)
   with Progress(label, len(lengths), "texts") as bar:
     for members, edge in _batches(lengths, longest):
       filled = np.resize(members, size)  # the last batch of a bucket is filled up by repeating texts
-      rows = batches.rows([make(i) for i in filled], edge, tokenizer)
+      rows = batches.rows([make(i) for i in filled[mine]], edge, tokenizer)
       result = jax.tree.map(np.asarray, apply(mesh.shard(rows, devices)))
       yield members, edge, jax.tree.map(lambda x: x[: len(members)], result)
       bar.advance(len(members))
@@ -65,8 +66,11 @@ def _each(
 
 @functools.partial(jax.jit, static_argnames=("model", "query", "late"))
 def embed(student: scores.Student, rows: Rows, model: config.Model, query: bool, late: bool):
-  e = scores.embed(student, model, rows, None, query)
-  return (e.vector, e.tokens.astype(jnp.float16)) if late else (e.vector,)
+  def local(student, rows):
+    e = scores.embed(student, model, rows, None, query, late=late)
+    return (e.vector, e.tokens.astype(jnp.float16)) if late else (e.vector,)
+
+  return jax.tree.map(mesh.replicate, mesh.per_device(local, student, rows))
 
 
 def encode(
@@ -137,7 +141,7 @@ def rerank_late(queries: Encoded, passages: Encoded, candidates: np.ndarray) -> 
 
 @jax.jit
 def _cross(params: scores.Params, rows: Rows) -> jax.Array:
-  return scores.cross(params, rows, None)[0]
+  return mesh.replicate(mesh.per_device(lambda params, rows: scores.cross(params, rows, None)[0], params, rows))
 
 
 def rerank_cross(

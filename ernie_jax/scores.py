@@ -7,18 +7,19 @@ cross-encoder     s_ce(q, p) = w . dropout(tanh(W h_cls([q; p]))) + b
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from ernie_jax import config
-from ernie_jax.encoder import Encoder, Rows, drop, linear, with_dropout
-from ernie_jax.mesh import replicate
+from ernie_jax import config, mesh
+from ernie_jax.encoder import Encoder, Noise, Rows, drop, linear, seeds, with_dropout
 
 if TYPE_CHECKING:
-  from jaxtyping import Array, Bool, Float, Int, Key
+  from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 Params = dict  # {"student": Student, "teacher": Teacher}
 
@@ -86,31 +87,45 @@ class Embeddings:
   """What one student pass makes of N texts."""
 
   vector: Float[Array, "n h"]
-  tokens: Float[Array, "n l d"]  # unit length
   mask: Bool[Array, "n l"]
+  tokens: Float[Array, "n l d"] = None  # unit length, in the model's dtype
+  twin: Float[Array, "n h"] = None  # the vector again, under other dropout (DualReg)
 
 
-def embed(student: Student, model: config.Model, rows: Rows, key: Key[Array, ""] | None, query: bool) -> Embeddings:
-  """Dual-encoder vectors and late-interaction token vectors, float32, from one forward pass; one text a row."""
+def embed(
+  student: Student,
+  model: config.Model,
+  rows: Rows,
+  noise: Noise | None,
+  query: bool,
+  *,
+  late: bool = True,
+  copies: int = 1,
+) -> Embeddings:
+  """Dual-encoder vectors (float32) and late-interaction token vectors from one forward pass; one text a row.
+
+  With `copies=2` a second copy of every row goes through the same pass, under noise of its own, for the twin.
+  """
   encoder = student.query_encoder if query and student.query_encoder is not None else student.encoder
-  hidden, _ = encoder(rows, key)
-  hidden, mask = hidden.astype(jnp.float32), rows.segments > 0
+  several, numbers = rows, noise
+  if copies > 1:
+    repeat = lambda x: jnp.concatenate([x] * copies)
+    several = jax.tree.map(repeat, rows)
+    if noise is not None:
+      numbers = noise.replace(rows=jnp.concatenate([noise.rows * copies + i for i in range(copies)]))
+  hidden, _ = encoder(several, numbers)
+  hidden, mask = hidden.astype(jnp.float32), several.segments > 0
   if model.pooling == "mean":
     vector = jnp.where(mask[..., None], hidden, 0).sum(1) / mask.sum(1, keepdims=True)
   else:
     vector = hidden[:, 0]
-  tokens = hidden if student.projection is None else student.projection(hidden)
-  return Embeddings(unit(vector) if model.cosine else vector, unit(tokens), mask)
-
-
-def embed_copies(
-  student: Student, model: config.Model, rows: Rows, key: Key[Array, ""] | None, query: bool, copies: int
-) -> list[Embeddings]:
-  """`embed` of several copies of the same rows in one forward pass."""
-  repeat = lambda x: jnp.broadcast_to(x[:, None], (len(x), copies, *x.shape[1:])).reshape(-1, *x.shape[1:])
-  together = embed(student, model, jax.tree.map(repeat, rows), key, query)
-  apart = jax.tree.map(lambda x: x.reshape(-1, copies, *x.shape[1:]), together)
-  return [jax.tree.map(lambda x: x[:, i], apart) for i in range(copies)]
+  vectors = jnp.split(unit(vector) if model.cosine else vector, copies)
+  size = len(vectors[0])
+  tokens = None
+  if late:
+    first = hidden[:size]
+    tokens = unit(first if student.projection is None else student.projection(first)).astype(model.dtype)
+  return Embeddings(vectors[0], mask[:size], tokens, vectors[1] if copies > 1 else None)
 
 
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -118,16 +133,19 @@ def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def cross(params: Params, rows: Rows, key: Key[Array, ""] | None) -> tuple[Float[Array, "n"], Float[Array, "n lj lj"]]:
-  """The cross-encoder's logit of each joined pair, and its last layer's attention, averaged over heads."""
+def cross(params: Params, rows: Rows, noise: Noise | None) -> tuple[Float[Array, "n"], Float[Array, "n lj lj"]]:
+  """The cross-encoder's logit of each joined pair, and its last layer's attention, averaged over heads.
+
+  Noise brings one place more than the encoder's, for the head.
+  """
   teacher: Teacher = params["teacher"]
   encoder = params["student"].encoder if teacher.encoder is None else teacher.encoder
-  encoding, dropping = (None, None) if key is None else jax.random.split(key)
-  hidden, attention = encoder(rows, encoding)
+  inner, outer = (None, None) if noise is None else (noise.at(noise.seeds[:-1]), noise.at(noise.seeds[-1, 0]))
+  hidden, attention = encoder(rows, inner)
   first = hidden[:, 0].astype(jnp.float32)
   if teacher.pooler is not None:
     first = jnp.tanh(teacher.pooler(first))
-  return teacher.head(drop(first, encoder.architecture.dropout, dropping))[:, 0], attention.mean(1)
+  return teacher.head(drop(first, encoder.architecture.dropout, outer))[:, 0], attention.mean(1)
 
 
 def matches(q: Embeddings, p: Float[Array, "b k lp d"]) -> Float[Array, "b k lq lp"]:
@@ -143,23 +161,32 @@ def maxsim(
   return jnp.where(query_mask, best, 0).sum(-1)
 
 
-def maxsim_pool(q: Embeddings, p: Embeddings, chunk: int = 16) -> Float[Array, "b p"]:
-  """Late-interaction scores of every query with every passage, a chunk of passages at a time.
+TILE = 2**24  # token-to-token similarities that MaxSim over the pool holds at once, on each device
 
-  No [B, P, Lq, Lp] tensor exists: each chunk's similarities are made again in the backward pass.
+
+def maxsim_pool(q: Embeddings, p: Embeddings, tile: int = TILE) -> Float[Array, "b p"]:
+  """Late-interaction scores of every query with every passage of the global batch, some passages at a time.
+
+  Every turn gathers a few passages of each device. No [B, P, Lq, Lp] tensor exists and no device holds all token
+  vectors: gather and similarities are made again in the backward pass.
   """
-  size = len(p.tokens)
-  chunk = max(c for c in range(1, min(chunk, size) + 1) if size % c == 0)
 
-  @jax.checkpoint
-  def one(tokens_and_mask):
-    tokens, mask = tokens_and_mask
-    similarity = jnp.einsum("bqd,cpd->bcqp", q.tokens, tokens, preferred_element_type=jnp.float32)
-    return maxsim(similarity, q.mask[:, None], mask[None])
+  def local(_, q: Embeddings, p: Embeddings):
+    devices, queries, passages = mesh.size(), len(q.mask), len(p.mask)
+    each = queries * devices * q.mask.shape[1] * p.mask.shape[1]  # similarities for one passage of every device
+    turn = max(c for c in range(1, passages + 1) if passages % c == 0 and c * each <= max(tile, each))
 
-  split = lambda x: x.reshape(size // chunk, chunk, *x.shape[1:])
-  chunks = jax.lax.map(one, (split(p.tokens), split(p.mask)))  # [P/chunk, B, chunk]
-  return chunks.transpose(1, 0, 2).reshape(len(q.tokens), size)
+    @jax.checkpoint
+    def one(own):
+      tokens, mask = jax.tree.map(mesh.replicate, own)
+      similarity = jnp.einsum("bqd,cpd->bcqp", q.tokens, tokens, preferred_element_type=jnp.float32)
+      return maxsim(similarity, q.mask[:, None], mask[None])
+
+    turns = jax.tree.map(lambda x: x.reshape(-1, turn, *x.shape[1:]), (p.tokens, p.mask))
+    found = jax.lax.map(one, turns).reshape(-1, queries, devices, turn)
+    return found.transpose(1, 2, 0, 3).reshape(queries, devices * passages)
+
+  return mesh.per_device(local, (), q, p)
 
 
 def pool(own: Float[Array, "b k"], scores: Float[Array, "b p"], known: Bool[Array, "b p"]) -> Float[Array, "b c"]:
@@ -188,43 +215,104 @@ def content(rows: Rows, special: tuple[int, ...]) -> Bool[Array, "n l"]:
   return (rows.segments > 0) & ~jnp.isin(rows.tokens, jnp.array(special or (-1,)))
 
 
+@struct.dataclass
+class Towers:
+  """What the encoders make of a batch; None where no term asks."""
+
+  queries: Embeddings = None
+  passages: Embeddings = None
+  cross: Float[Array, "b k"] = None
+  attention: Float[Array, "b k lq lp"] = None
+
+
+def in_chunks(function: Callable[..., Any], count: int, *rows: Any) -> Any:
+  """`function(*rows)` on `count` equal parts of the rows, one after the other: gradient caching.
+
+  Each part is computed again in the backward pass, so that the activations of one part exist at a time.
+  """
+  if count == 1:  # nothing would be saved by computing the only part twice
+    return function(*rows)
+  parts = jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), rows)
+  body = jax.checkpoint(lambda part: function(*part), prevent_cse=False)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(body, parts))
+
+
+def towers(
+  params: Params,
+  seeds: dict[str, UInt32[Array, "site 3 2"] | None],
+  batch: Batch,
+  numbers: UInt32[Array, "b"],
+  model: config.Model,
+  train: config.Train,
+) -> Towers:
+  """Everything that goes through an encoder, for the queries at hand (`numbers`: their places in the global batch)."""
+  weights, size = train.weights, len(batch.texts) // len(numbers)  # K
+  count = len(numbers) // (train.chunk or len(numbers))
+  noise = lambda tower, rows: None if seeds[tower] is None else Noise(seeds[tower], rows)
+  lists = lambda numbers: (numbers[:, None] * size + jnp.arange(size, dtype=numbers.dtype)).ravel()
+  student = params["student"]
+  settings: dict[str, Any] = {"late": weights.needs_late, "copies": 2 if weights.needs_twin else 1}
+  # No gradient reaches a teacher that has no loss of its own.
+  teaching = params if weights.nll_ce > 0 else jax.lax.stop_gradient(params)
+
+  def scored(queries, pairs, numbers):
+    logits, attention = cross(teaching, pairs, noise("cross", lists(numbers)))
+    own = lambda x: x.reshape(-1, size, *x.shape[1:])
+    block = pair_attention(own(attention), queries, batch.passages.tokens.shape[1]) if weights.kl_attention else None
+    return own(logits), block
+
+  def embedded(tower, rows, numbers):
+    return embed(student, model, rows, noise(tower, numbers), tower == "query", **settings)
+
+  queries = passages = logits = attention = None
+  if weights.needs_student:
+    queries = in_chunks(partial(embedded, "query"), count, batch.queries, numbers)
+    passages = in_chunks(lambda rows, n: embedded("passage", rows, lists(n)), count, batch.passages, numbers)
+  if weights.needs_teacher:
+    logits, attention = in_chunks(scored, count, batch.queries, batch.pairs, numbers)
+  return Towers(queries, passages, logits, attention)
+
+
 def score(params: Params, batch: Batch, model: config.Model, train: config.Train, key: Key[Array, ""] | None) -> Scores:
   """All scores that the stage's loss terms ask for; what no term asks for is not traced."""
   weights, scores = train.weights, {}
   size = len(batch.known)  # B
   own = lambda x: x.reshape(size, len(batch.texts) // size, *x.shape[1:])  # [B*K, ...] -> [B, K, ...]
-  keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+  sites = lambda encoder, more: encoder.architecture.layers + 1 + more
   student = params["student"]
-
-  if weights.needs_teacher:
-    teaching = None if train.frozen_teacher else keys[0]
-    cross_scores, attention = cross(params, batch.pairs, teaching)
-    scores["cross"] = own(cross_scores)
+  places = {"cross": sites(params["teacher"].encoder or student.encoder, 1)}
+  places |= {"query": sites(student.encoder, 0), "passage": sites(student.encoder, 0)}
+  keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+  noisy = {name: None if k is None else seeds(k, places[name], 3) for name, k in zip(places, keys)}
+  if train.frozen_teacher:
+    noisy["cross"] = None
+  made = mesh.per_device(
+    lambda given, batch, numbers: towers(*given, batch, numbers, model, train),
+    (params, noisy),
+    batch,
+    mesh.split(jnp.arange(size, dtype=jnp.uint32)),
+  )
+  q, p = made.queries, made.passages
+  scores["cross"], scores["attention"] = made.cross, made.attention
 
   if weights.needs_student:
-    # DualReg's twins are two copies of each row in one pass: dropout is independent between rows.
-    copies = 2 if weights.needs_twin else 1
-    q, *q_twin = embed_copies(student, model, batch.queries, keys[1], True, copies)
-    p, *p_twin = embed_copies(student, model, batch.passages, keys[2], False, copies)
     scores["dual"] = jnp.einsum("bh,bkh->bk", q.vector, own(p.vector))
-    everyone = replicate(batch.texts)
+    everyone = mesh.replicate(batch.texts)
     known = (batch.known[:, None, :] == everyone[None, :, None]).any(-1)  # [B, P]
-    whole = jnp.einsum("bh,ph->bp", q.vector, replicate(p.vector))
+    whole = jnp.einsum("bh,ph->bp", q.vector, mesh.replicate(p.vector))
     scores["dual_pool"] = pool(scores["dual"], whole, known)
 
     if weights.needs_twin:
-      scores["twins"] = (whole, jnp.einsum("bh,ph->bp", q_twin[0].vector, replicate(p_twin[0].vector)))
+      scores["twins"] = (whole, jnp.einsum("bh,ph->bp", q.twin, mesh.replicate(p.twin)))
 
     if weights.needs_late:
       similarity = matches(q, own(p.tokens))
       scores["late"] = maxsim(similarity, q.mask[:, None], own(p.mask))
       if train.late_pool == "global":
-        everything = Embeddings(p.vector, replicate(p.tokens), replicate(p.mask))
-        scores["late_pool"] = pool(scores["late"], maxsim_pool(q, everything), known)
+        scores["late_pool"] = pool(scores["late"], maxsim_pool(q, p), known)
 
     if weights.kl_attention > 0:
       special = student.encoder.architecture.special
-      scores["attention"] = pair_attention(own(attention), batch.queries, batch.passages.tokens.shape[1])
       scores["matches"] = similarity
       scores["query_content"] = content(batch.queries, special)
       scores["passage_content"] = own(content(batch.passages, special))

@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from ernie_jax import config, losses, scores
+from ernie_jax import config, losses, mesh, scores
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Float, Int, Key
+
+MOST_SKIPPED = 10  # steps in a row without a finite gradient before training stops
 
 
 @struct.dataclass
@@ -74,14 +76,14 @@ def schedule(peak: float, train: config.Train) -> optax.Schedule:
 
 
 def make_optimizer(model: config.Model, train: config.Train) -> optax.GradientTransformation:
-  """AdamW with clipping by the global norm; frozen parameters keep no moments."""
+  """AdamW with clipping by the global norm; frozen parameters keep no moments. Gradients must be finite to count."""
   o = train.optimizer
   adamw = lambda peak: optax.adamw(
     schedule(peak, train),
     weight_decay=o.weight_decay,
     mask=lambda tree: jax.tree.map(decays, names(tree)),
   )
-  return optax.chain(
+  chain = optax.chain(
     optax.clip_by_global_norm(o.clip),
     optax.partition(
       {
@@ -92,11 +94,31 @@ def make_optimizer(model: config.Model, train: config.Train) -> optax.GradientTr
       lambda tree: jax.tree.map(lambda name: group(name, model, train.weights), names(tree)),
     ),
   )
+  return optax.apply_if_finite(chain, max_consecutive_errors=MOST_SKIPPED)
+
+
+def part(tree: Any, train: config.Train) -> Any:
+  """What each device updates: everything, or its share (ZeRO-1)."""
+  return jax.tree.map(mesh.split, tree) if train.optimizer.shard else tree
 
 
 def init_state(params: scores.Params, model: config.Model, train: config.Train) -> State:
   """The state at the start of a stage: given parameters, fresh optimizer."""
-  return State(jnp.zeros((), jnp.int32), params, make_optimizer(model, train).init(params))
+  optimizer = make_optimizer(model, train)
+  moments = jax.jit(lambda params: optimizer.init(part(params, train)))(params)
+  return State(mesh.replicate(jnp.zeros((), jnp.int32)), params, moments)
+
+
+def divides(train: config.Train, devices: int) -> None:
+  """`UserError` with good sizes unless the batch divides over devices and chunks."""
+  unit = devices * (train.chunk or 1)
+  if train.batch % unit:
+    good = " or ".join(str(max(1, train.batch // unit + i) * unit) for i in (0, 1) if train.batch // unit + i)
+    split = f"{devices} devices" + (f" in chunks of {train.chunk} queries" if train.chunk else "")
+    each, rest = divmod(train.batch, devices)
+    fits = [c for c in range(1, each + 1) if each % c == 0 and c <= (train.chunk or 0)] if not rest else []
+    other = f", or chunk={fits[-1]}" if fits else ""
+    raise config.UserError(f"batch={train.batch}: does not divide over {split}; use {good}{other}")
 
 
 def loss(
@@ -117,7 +139,8 @@ def make_train_step(
   """The jitted step (state, batch, key) -> (state, logs); the given state is donated.
 
   `key` stays the same over a stage: the step folds in its own number, so a restored state continues the same noise.
-  Logs hold every term, `total`, `gradient_norm` (before clipping) and `learning_rate`.
+  Logs hold every term, `total`, `gradient_norm` (before clipping), `learning_rate`, and `skipped`: how many steps in a
+  row, up to this one, had a gradient that is not finite and so changed nothing.
   """
   optimizer = make_optimizer(model, train)
   rate = schedule(train.optimizer.learning_rate, train)
@@ -126,12 +149,15 @@ def make_train_step(
     key = jax.random.fold_in(key, state.step)
     objective = lambda params: loss(params, batch, model, train, key)
     (value, terms), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-    updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+    gradient, params = part(gradient, train), part(state.params, train)
+    updates, moments = optimizer.update(gradient, state.optimizer, params)
     logs = terms | {
       "total": value,
       "gradient_norm": optax.tree.norm(gradient),
-      "learning_rate": jnp.asarray(rate(state.step)),
+      "learning_rate": jnp.asarray(rate(state.step - state.optimizer.total_notfinite)),
+      "skipped": moments.notfinite_count,
     }
-    return State(state.step + 1, optax.apply_updates(state.params, updates), moments), logs
+    params = jax.tree.map(mesh.replicate, optax.apply_updates(params, updates))
+    return State(state.step + 1, params, moments), logs
 
   return jax.jit(train_step, donate_argnums=0)

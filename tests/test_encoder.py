@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import TINY, distance
 
-from ernie_jax.encoder import Encoder, Rows, drop, split_last, unstack, with_dropout
+from ernie_jax.encoder import Encoder, Noise, Rows, drop, seeds, split_last, unstack, with_dropout
 
 rng = np.random.default_rng(0)
 ENCODER = Encoder(TINY, jax.random.key(0))
-encode = jax.jit(lambda rows, key=None: ENCODER(rows, key))
+encode = jax.jit(lambda rows, noise=None: ENCODER(rows, noise))
+
+
+def noise(seed: int, numbers: list[int] | np.ndarray) -> Noise:
+  return Noise(seeds(jax.random.key(seed), TINY.layers + 1, 3), jnp.asarray(numbers, jnp.uint32))
 
 
 def rows(texts: list[list[np.ndarray]], length: int) -> Rows:
@@ -46,18 +50,38 @@ def test_attention_is_a_distribution_over_the_own_segment():
   assert float(jnp.where(same, 0, attention[0]).max(initial=0, where=real[None, :, None])) == 0.0
 
 
-def test_no_key_no_dropout_and_the_same_key_the_same_dropout():
+def test_no_noise_no_dropout_and_the_same_noise_the_same_dropout():
   text = rows([[rng.integers(1, 50, 5)]], 6)
   np.testing.assert_array_equal(encode(text)[0], encode(text)[0])
-  one, same, other = (encode(text, jax.random.key(k))[0] for k in (1, 1, 2))
+  one, same, seed, row = (encode(text, noise(k, [n]))[0] for k, n in ((1, 4), (1, 4), (2, 4), (1, 5)))
   np.testing.assert_array_equal(one, same)
-  assert np.abs(one - other).max() > 1e-3
+  assert np.abs(one - seed).max() > 1e-3
+  assert np.abs(one - row).max() > 1e-3
 
 
-def test_dropout_keeps_the_mean():
-  x = drop(jnp.ones(100_000), 0.3, jax.random.key(0))
-  np.testing.assert_allclose(np.unique(x), [0, 1 / 0.7], rtol=1e-6)
-  assert abs(float(x.mean()) - 1) < 0.01
+def test_a_rows_noise_is_its_own_wherever_it_stands():
+  texts = rows([[rng.integers(1, 50, 5)] for _ in range(4)], 6)
+  order = np.array([2, 0, 3])
+  some = jax.tree.map(lambda x: x[order], texts)
+  whole, part = encode(texts, noise(1, np.arange(4)))[0], encode(some, noise(1, order))[0]
+  np.testing.assert_allclose(part, np.asarray(whole)[order], rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_fair_and_independent_between_rows_places_and_seeds():
+  """Shares and correlations within five standard errors of a fair coin's, for rows and places that are neighbours."""
+  rate, (n, m) = 0.1, (400, 2500)
+  words = lambda *x: jnp.array(x, jnp.uint32)
+  drops = lambda seed: np.asarray(drop(jnp.ones((n, m)), rate, Noise(words(seed, 9), jnp.arange(n, dtype=jnp.uint32))))
+  np.testing.assert_allclose(np.unique(drops(0)), [0, 1 / 0.9], rtol=1e-6)
+  one, other = drops(0) == 0, drops(1) == 0
+  error = 5 * np.sqrt(rate * (1 - rate))
+  assert abs(one.mean() - rate) < error / np.sqrt(n * m)
+  assert np.abs(one.mean(0) - rate).max() < error * 1.2 / np.sqrt(n)
+  assert np.abs(one.mean(1) - rate).max() < error * 1.2 / np.sqrt(m)
+  pairs = {"seeds": (one, other), "rows": (one[1:], one[:-1]), "places": (one[:, 1:], one[:, :-1])}
+  pairs |= {"rows far apart": (one[256:], one[:-256]), "places a power of 2 apart": (one[:, 1024:], one[:, :-1024])}
+  for name, (a, b) in pairs.items():
+    assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / np.sqrt(a.size), name
 
 
 def test_task_embeddings_add_row_0():

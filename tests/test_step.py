@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from conftest import TINY, distance, make_batch
 
@@ -25,14 +26,21 @@ def alone(tiny_params):
   return gradients(model, FULL, params, make_batch(), jax.random.key(7))
 
 
-@pytest.mark.parametrize("devices", [1, 2, 8])
-def test_loss_and_gradients_do_not_depend_on_the_number_of_devices(tiny_params, alone, devices):
+@pytest.mark.parametrize(
+  ("devices", "chunk"), [(1, None), (1, 1), (1, 2), (1, 4), (2, None), (2, 2), (8, None), (8, 1), ("2 processes", 2)]
+)
+def test_loss_and_gradients_do_not_depend_on_devices_hosts_or_chunks(tiny_params, alone, devices, chunk, tmp_path):
+  """Every term, hard negatives, dropout and its twins, the global pool: one result for one global batch."""
   model, params = tiny_params
-  grid = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
-  with jax.set_mesh(grid):
-    batch = mesh.shard(jax.tree.map(np.asarray, make_batch()), grid)
-    got = gradients(model, FULL, mesh.whole(params, grid), batch, jax.random.key(7))
-    jax.block_until_ready(got)
+  train = dataclasses.replace(FULL, chunk=chunk)
+  if devices == "2 processes":
+    got = processes.run("gradients", tmp_path, model=model, train=train)
+  else:
+    grid = mesh.make(jax.devices()[:devices])
+    with jax.set_mesh(grid):
+      batch = mesh.shard(jax.tree.map(np.asarray, make_batch()), grid)
+      got = gradients(model, train, mesh.whole(params, grid), batch, jax.random.key(7))
+      jax.block_until_ready(got)
   (value, terms), gradient = jax.device_get(got)
   (expected, expected_terms), expected_gradient = jax.device_get(alone)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -63,7 +71,7 @@ def test_one_compilation_and_a_donated_state(tiny_params):
   assert train_step._cache_size() == 1
   assert first.is_deleted()
   assert int(state.step) == 3
-  assert set(logs) == set(Weights().active) | {"total", "gradient_norm", "learning_rate"}
+  assert set(logs) == set(Weights().active) | {"total", "gradient_norm", "learning_rate", "skipped"}
   np.testing.assert_allclose(logs["total"], sum(logs[t] for t in Weights().active), rtol=1e-5)
 
 
