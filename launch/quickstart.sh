@@ -4,5 +4,4 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install ""
-set -x
-ernie-jax run configs/quickstart.py "$@"
+run ernie-jax run configs/quickstart.py "$@"

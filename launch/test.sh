@@ -3,8 +3,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install "[test]"
-set -x
-ruff check
-ruff format --check
-mypy
-python -m pytest -n 2 --dist loadfile --cov --cov-report=term "$@"
+run ruff check
+run ruff format --check
+run mypy
+run python -m pytest -n 2 --dist loadfile --cov --cov-report=term "$@"
