@@ -8,6 +8,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   the three scorers                     scores.py
   the loss terms, DualReg               losses.py
   one jitted training step              step.py
+  FLOPs, what chips can do              cost.py
   progress of long jobs                 progress.py
   texts, queries, judgements            datasets/
   tokenizer and token store             tokens.py

@@ -5,23 +5,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import logging
+import os
 import re
 import runpy
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import jax
 import tyro
 
+from ernie_jax import mesh
 from ernie_jax.config import Config, UserError
+from ernie_jax.mesh import Hosts
 
 T = TypeVar("T")
 
 USAGE = """usage: ernie-jax VERB ...
 
-  run CONFIG --output DIR [--fresh] [--seed 1] [--cascade.steps 200] ...
+  run CONFIG --output DIR [--fresh] [--seed 1] [--cascade.steps 200] [--multihost] ...
       the whole strategy: train, mine, distil, evaluate, report; the same command continues after an interruption
   search DIR ["a query"] [--k 10]
       search the corpus of a finished run; without a query, a prompt
@@ -35,6 +41,7 @@ class Run:
 
   output: Path  # the run's folder
   config: Annotated[Config, tyro.conf.arg(name="")]  # its fields are flags without a prefix
+  hosts: Annotated[Hosts, tyro.conf.arg(name="")]  # --multihost and its settings
   fresh: bool = False  # delete what the folder holds of an earlier run, and start anew
 
 
@@ -89,13 +96,30 @@ def run(args: Sequence[str]) -> None:
     raise UserError("run: name a configuration file first, such as `ernie-jax run configs/quickstart.py`")
   settings = load_config(args[0]) if named else Config()
   output = Path("runs") / (Path(args[0]).stem if named else "NAME")
-  chosen = parse(Run, "run CONFIG", args[named:], Run(output, settings))
-  from ernie_jax import evaluate, recipe
+  chosen = parse(Run, "run CONFIG", args[named:], Run(output, settings, Hosts()))
+  chosen.hosts.start()  # before anything touches a device, such as the imports below
+  from ernie_jax import evaluate, progress, recipe
 
+  if not chosen.hosts.multihost:  # else JAX holds SIGTERM, and all processes answer it together
+    signal.signal(signal.SIGTERM, terminate)
+  if not mesh.leads():
+    progress.silence()
+  for name in ("absl", "asyncio"):  # a save that fails in the background: the error itself is shown, once
+    logging.getLogger(name).setLevel(logging.CRITICAL)
   results = recipe.run(chosen.config, chosen.output, chosen.fresh)
+  if not mesh.leads():
+    return
   print(evaluate.table({name: results[name] for name in evaluate.SYSTEMS}))
   print(f"{chosen.output}: metrics.json, report.html, runs/, model/")
   print(f'next: ernie-jax search {chosen.output} "how do I pad an array with zeros"')
+
+
+class Terminated(KeyboardInterrupt):
+  signal = signal.SIGTERM
+
+
+def terminate(*_: Any) -> None:
+  raise Terminated
 
 
 def search(args: Sequence[str]) -> None:
@@ -121,7 +145,17 @@ def show(results: list[tuple[float, dict[str, str]]]) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-  """Runs a verb; 0 when it is done, 2 after a mistake of the user's, 130 after Ctrl-C."""
+  """Runs a verb; 0 when it is done, 2 after a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
+  code = _main(args)
+  if code and jax.distributed.is_initialized():
+    # The others may wait for this process at a point it will never reach: end now, which ends them too.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
+
+
+def _main(args: Sequence[str] | None) -> int:
   args = sys.argv[1:] if args is None else args
   verbs = {"run": run, "search": search}
   if not args or args[0] in ("-h", "--help"):
@@ -143,7 +177,7 @@ def main(args: Sequence[str] | None = None) -> int:
   except KeyboardInterrupt as error:
     note = f"{error}; " if str(error) else ""
     print(f"\nernie-jax: {note}interrupted; the same command continues", file=sys.stderr)
-    return 130
+    return 128 + getattr(error, "signal", signal.SIGINT)
   return 0
 
 

@@ -91,21 +91,42 @@ def gather(chosen: Sequence[tuple[int, np.ndarray]], texts: Texts, data: config.
   )
 
 
-def batches(texts: Texts, data: config.Data, train: config.Train, seed: int) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Share:
+  """Of every `size` elements of a sequence, those at `rows`."""
+
+  whole: Any
+  size: int
+  rows: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.whole) // self.size * len(self.rows)
+
+  def __getitem__(self, i: int) -> Any:
+    turn, place = divmod(i, len(self.rows))
+    return self.whole[turn * self.size + int(self.rows[place])]
+
+
+def batches(texts: Texts, data: config.Data, train: config.Train, seed: int, rows: np.ndarray | None = None) -> Any:
   """An endless Grain iterator of `Batch`es: each query once an epoch, in an order drawn from the seed.
 
-  `get_state()` and `set_state(...)` continue at the very next batch. Epochs follow one another without a ragged batch.
+  `rows` are the places in the global batch that this host makes (`mesh.share`); by default all. Which queries and
+  passages stand at a place depends on neither hosts nor devices. `get_state()` and `set_state(...)` continue at the
+  very next batch, with any number of hosts. Epochs follow one another without a ragged batch.
   """
   import grain
 
   known = max(len(p) for p in texts.positives)
-  data_set = (
+  rows = np.arange(train.batch) if rows is None else rows
+  examples = (
     grain.MapDataset.range(len(texts.queries))
     .seed(seed)
     .shuffle()
     .repeat()
     .random_map(lambda query, rng: (int(query), choose(texts, int(query), train.negatives, rng)))
-    .batch(train.batch, batch_fn=lambda chosen: gather(chosen, texts, data, known))
+  )
+  data_set = grain.MapDataset.source(_Share(examples, train.batch, rows)).batch(
+    len(rows), batch_fn=lambda chosen: gather(chosen, texts, data, known)
   )
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
   return iter(data_set.to_iter_dataset(read_options=options))

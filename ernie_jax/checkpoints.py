@@ -2,63 +2,85 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ernie_jax import config, step
+from ernie_jax import config, mesh, step
 from ernie_jax.config import UserError, first_line
 from ernie_jax.progress import say
 from ernie_jax.scores import Params
 
-KEEP = 2  # the newest and one to fall back to
-
 
 class Checkpoints:
-  """The checkpoints of one training stage.
+  """The checkpoints of one training stage: the newest `keep` of them, and the best measured one.
 
-  Each holds every array of the state by name, the data iterator's position, and a CRC-32 of each array: Orbax restores
-  an overwritten file silently. Use as a context manager; leaving it waits for the last save.
+  Each holds every array of the state by name, the data iterator's position, the best measured step so far, and CRC-32
+  sums of them all: Orbax restores an overwritten file silently. Arrays are whole in name and shape, so they are read
+  onto any number of devices or hosts. Use as a context manager; leaving it waits for the last save.
   """
 
-  def __init__(self, directory: Path):
+  def __init__(self, directory: Path, keep: int = 2):
     import orbax.checkpoint as ocp
 
-    self.ocp, self.directory = ocp, directory
+    self.ocp, self.directory, self.keep, self.best = ocp, directory, keep, -1
     directory.mkdir(parents=True, exist_ok=True)
-    self.manager = ocp.CheckpointManager(
-      directory.resolve(), options=ocp.CheckpointManagerOptions(max_to_keep=KEEP, create=False)
-    )
+    options = ocp.CheckpointManagerOptions(preservation_policy=self, create=False, cleanup_tmp_directories=True)
+    self.manager = ocp.CheckpointManager(directory.resolve(), options=options)
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    """Orbax's question."""
+    return [i >= len(checkpoints) - self.keep or c.step == self.best for i, c in enumerate(checkpoints)]
 
   def __enter__(self) -> Checkpoints:
     return self
 
   def __exit__(self, kind, value, trace) -> None:
-    self.manager.close()
+    failed = kind is not None and issubclass(kind, Exception)  # the first error is the one to show
+    with self._saving(), contextlib.suppress(Exception) if failed else contextlib.nullcontext():
+      self.manager.close()
 
-  def save(self, state: Any, position: dict[str, Any]) -> None:
-    """Starts saving `state` (with a `step`) and the iterator's `position`."""
+  @contextlib.contextmanager
+  def _saving(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:  # a full disk surfaces as errors of many types, some of them in the background
+      raise UserError(
+        f"{self.directory}: a checkpoint cannot be written ({reason(error)}); earlier ones are intact: "
+        "make room or choose another place, and the same command continues"
+      ) from error
+
+  def save(self, state: Any, position: dict[str, Any], best: dict[str, Any] | None = None) -> None:
+    """Starts saving `state` (with a `step`), the iterator's `position` and the `best` measured step so far."""
     arrays = named(state)
-    meta = {"position": position, "crc32": {name: checksum(x) for name, x in arrays.items()}}
+    meta = {"position": position, "best": best, "crc32": {name: checksum(x) for name, x in arrays.items()}}
+    meta["own_crc32"] = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
     items = self.ocp.args.Composite(state=self.ocp.args.StandardSave(arrays), meta=self.ocp.args.JsonSave(meta))
-    if not self.manager.save(int(state.step), args=items):
+    self.best = best["step"] if best else -1
+    with self._saving():
+      saved = self.manager.save(int(state.step), args=items)
+    if not saved:
       raise RuntimeError(f"{self.directory}: step {int(state.step)} was not saved: a newer one is there")
 
-  def newest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-    """State and position of the newest intact checkpoint, arranged as `like`; None where there is none at all.
+  def newest(self, like: Any) -> tuple[Any, dict[str, Any], dict[str, Any] | None] | None:
+    """State, position and best step of the newest intact checkpoint, the state arranged as `like`; None without any.
 
     Damaged newer ones are passed over and deleted (saving goes on from the older). If all are damaged: `UserError`.
     """
     damage, damaged = "", []
     for number in sorted(self.manager.all_steps(), reverse=True):
       try:
-        found = self._read(number, like)
+        state, meta = self._read(number, like)
       except Exception as error:  # damage surfaces as errors of many types, from JSON to the array store
         damage = damage or f"step {number}: {first_line(error)}"
         damaged.append(number)
@@ -66,13 +88,15 @@ class Checkpoints:
       for broken in damaged:
         say(f"  checkpoint {self.directory / str(broken)} is damaged: deleted, continuing from step {number}")
         self.manager.delete(broken)
-      return found
+      self.best = meta["best"]["step"] if meta["best"] else -1
+      return state, meta["position"], meta["best"]
     if damage:
       raise UserError(f"{self.directory}: no intact checkpoint ({damage}); delete this folder to train the stage again")
     return None
 
   def at(self, number: int, like: Any) -> Any:
-    """The state of exactly this step, such as a finished stage's last; `UserError` if it is missing or damaged."""
+    """The state of exactly this step, such as a finished stage's result; `UserError` if it is missing or damaged."""
+    self.manager.wait_until_finished()
     try:
       return self._read(number, like)[0]
     except Exception as error:
@@ -88,11 +112,13 @@ class Checkpoints:
     read = self.manager.restore(
       number, args=args.Composite(state=args.StandardRestore(wanted), meta=args.JsonRestore())
     )
-    for name, x in read["state"].items():
-      if checksum(x) != read["meta"]["crc32"][name]:
-        raise ValueError(f"array {name} was changed after it was saved")
-    state = jax.tree.map(lambda name: read["state"][name], step.names(like))
-    return state, read["meta"]["position"]
+    meta = read["meta"]
+    if meta.pop("own_crc32") != zlib.crc32(json.dumps(meta, sort_keys=True).encode()):
+      raise ValueError("its position in the data was changed after it was saved")
+    changed = [name for name, x in read["state"].items() if checksum(x) != meta["crc32"][name]]
+    if changed:
+      raise ValueError(f"array {changed[0]} was changed after it was saved")
+    return jax.tree.map(lambda name: read["state"][name], step.names(like)), meta
 
 
 def named(tree: Any) -> dict[str, jax.Array]:
@@ -101,7 +127,17 @@ def named(tree: Any) -> dict[str, jax.Array]:
 
 
 def checksum(x: jax.Array) -> int:
-  return zlib.crc32(np.ascontiguousarray(np.asarray(x)).tobytes())
+  """CRC-32 of the whole array, however it is spread."""
+  return zlib.crc32(np.ascontiguousarray(np.asarray(mesh.replicate(x))).tobytes())
+
+
+def reason(error: BaseException) -> str:
+  """What the system said at the bottom of a chain of errors: "No space left on device"."""
+  while (deeper := error.__cause__ or error.__context__) is not None:
+    error = deeper
+  words = str(error)
+  known = (text for text in map(os.strerror, (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG)))
+  return next((text for text in known if text in words), first_line(Exception(words)))
 
 
 def save_model(directory: Path, params: Params, model: config.Model, about: dict[str, Any]) -> None:

@@ -232,12 +232,21 @@ class Train:
   frozen_teacher: bool = False
   optimizer: Optimizer = Optimizer()
   checkpoint_every: int = 50  # steps
+  keep: int = 2  # newest checkpoints kept; the best measured one is kept besides
+  measure_every: int = 0  # steps between measurements on dev; then the best measured student is the stage's result
 
   def __post_init__(self):
-    for field in ("steps", "batch", "checkpoint_every"):
+    for field in ("steps", "batch", "checkpoint_every", "keep"):
       check(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
     check(self.negatives >= 0, "negatives", self.negatives, "must be 0 or more")
     check(self.chunk is None or self.chunk >= 1, "chunk", self.chunk, "must be at least 1, or None for no chunks")
+    check(self.measure_every >= 0, "measure_every", self.measure_every, "must be 0 (never) or more")
+    check(
+      not self.measure_every or self.weights.needs_student,
+      "measure_every",
+      self.measure_every,
+      "measures the student, which no term of this stage trains: set it to 0",
+    )
     lists = self.weights.active & {"nll_ce", "kl_ce_li", "kl_ce_de"}
     check(
       self.negatives > 0 or not lists,
@@ -284,9 +293,12 @@ class Evaluate:
   cross_depth: int = 100
   teacher_depth: int = 20  # of the check on dev that the teacher out-ranks the student before the cascade
   teacher_queries: int = 200  # dev queries of that check
+  dev_queries: int = 200  # dev queries measured during training, where `measure_every` asks for it,
+  dev_passages: int = 2000  # over their positives and so many other passages
+  metric: Literal["MRR@10", "R@20", "nDCG@10", "R@100"] = "MRR@10"  # of the dual-encoder: which measured step is best
 
   def __post_init__(self):
-    for field in ("late_depth", "cross_depth", "teacher_depth", "teacher_queries"):
+    for field in ("late_depth", "cross_depth", "teacher_depth", "teacher_queries", "dev_queries", "dev_passages"):
       check(getattr(self, field) >= 1, f"evaluate.{field}", getattr(self, field), "must be at least 1")
 
 

@@ -48,7 +48,7 @@ class Noise:
   rows: UInt32[Array, "n"]
 
   def at(self, seeds: UInt32[Array, "*site 2"]) -> Noise:
-    return self.replace(seeds=seeds)
+    return Noise(seeds, self.rows)
 
 
 def seeds(key: Key[Array, ""], *shape: int) -> UInt32[Array, "*shape 2"]:

@@ -26,7 +26,7 @@ def nll(scores: Float[Array, "b c"]) -> Float[Array, "b"]:
 
 def divergence(p: Float[Array, "*n c"], q: Float[Array, "*n c"]) -> Float[Array, "*n"]:
   """KL(p || q) of log-probabilities; candidates that are -inf in p count 0."""
-  there = p > -jnp.inf
+  there = p != -jnp.inf  # a score that is not a number must show, not count 0
   return jnp.sum(jnp.where(there, jnp.exp(p) * (jnp.where(there, p, 0) - jnp.where(there, q, 0)), 0), axis=-1)
 
 

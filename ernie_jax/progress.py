@@ -6,11 +6,19 @@ import sys
 import time
 
 SECONDS_BETWEEN_LINES = 15.0
+_silent = False
+
+
+def silence() -> None:
+  """From here on nothing is shown: of several processes, process 0 speaks."""
+  global _silent
+  _silent = True
 
 
 def say(text: str) -> None:
   """One line to the user, on standard error: standard output is for results."""
-  print(text, file=sys.stderr, flush=True)
+  if not _silent:
+    print(text, file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:
@@ -29,7 +37,7 @@ class Progress:
     self.bar = None
 
   def __enter__(self) -> Progress:
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not _silent:
       from tqdm import tqdm
 
       self.bar = tqdm(total=self.total, initial=self.done, desc=self.label, unit=f" {self.unit}", leave=False)

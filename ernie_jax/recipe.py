@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
@@ -55,7 +57,7 @@ class Run:
   passages: tokens.Store
   queries: dict[str, tokens.Store]  # by split
   identity: np.ndarray
-  params: Params
+  params: Params = dataclasses.field(default_factory=dict)  # to start from
 
   def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Does the work of a stage in its folder unless it is done; its result, with the seconds it took."""
@@ -87,14 +89,21 @@ class Run:
   def measure(self, name: str, split: str, values: np.ndarray, found: np.ndarray) -> dict[str, float]:
     """Writes the ranking to `runs/` and measures it over all queries of the split."""
     run = self.as_run(split, values, found)
-    evaluate.write_run(run, folder(self.directory / "runs") / f"{split}.{name}.trec", name)
+    self.write_run(run, folder(self.directory / "runs") / f"{split}.{name}.trec", name)
     return evaluate.metrics(run, self.data.qrels(split))
+
+  def write_run(self, run: evaluate.Run, path: Path, name: str) -> None:
+    lead(str(path), lambda: evaluate.write_run(run, path, name))
 
 
 def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any]:
   """Runs, or continues, the whole strategy in `directory`; returns what `metrics.json` holds."""
   start = time.monotonic()
-  claim(directory, settings, fresh)
+  if jax.process_count() > 1 and not jax.distributed.is_initialized():
+    raise UserError(f"this is one of {jax.process_count()} hosts, each would be a run: add --multihost")
+  mesh.agree("the command", json.dumps([str(directory), fresh, dataclasses.asdict(settings)]))
+  lead("claim", lambda: claim(directory, settings, fresh))
+  shared(directory)
   with jax.set_mesh(mesh.make()):
     current = prepare(directory, settings)
     current.stage("baselines", lambda _: baselines(current))
@@ -120,11 +129,41 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
     "best_stage": best,
     "teacher_check": check,
   }
-  config.write(directory / "manifest.json", json.dumps(manifest, indent=2))
-  config.write(directory / "metrics.json", json.dumps(results, indent=2))
-  page = report.write_report(directory)
-  say(f"done in {clock(time.monotonic() - start)}: {page}")
+
+  def conclude() -> None:
+    config.write(directory / "manifest.json", json.dumps(manifest, indent=2))
+    config.write(directory / "metrics.json", json.dumps(results, indent=2))
+    page = report.write_report(directory)
+    say(f"done in {clock(time.monotonic() - start)}: {page}")
+
+  lead("conclude", conclude)
   return results
+
+
+def lead(what: str, work: Callable[[], Any]) -> None:
+  """Process 0 writes to the run's folder; the others wait until it has."""
+  if mesh.leads():
+    work()
+  mesh.wait(what)
+
+
+def shared(directory: Path) -> None:
+  """`UserError` in every process unless all see the same output folder."""
+  if jax.process_count() == 1:
+    return
+  sign = directory / "claimed.txt"
+  lead("sign", lambda: config.write(sign, f"{time.time_ns()} {os.getpid()}"))
+  try:
+    content = sign.read_text()
+  except OSError:
+    content = ""
+  try:
+    mesh.agree("--output", content)
+  except UserError:
+    raise UserError(
+      f"--output {directory}: not every process sees what process 0 writes there; name a folder on storage that all "
+      "hosts share"
+    ) from None
 
 
 def claim(directory: Path, settings: Config, fresh: bool) -> None:
@@ -176,14 +215,14 @@ def read(path: Path) -> dict[str, Any]:
 def once(directory: Path, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
   """The stage's manifest: from an earlier run, or made by doing the work."""
   done = directory / "manifest.json"
-  if done.is_file():
+  if mesh.told(done.is_file()):
     say(f"{directory.name}: done before")
     return read(done)
   say(f"{directory.name}")
   start = time.monotonic()
   result = work(folder(directory))
   seconds = time.monotonic() - start
-  config.write(done, json.dumps({**result, "seconds": round(seconds, 1)}, indent=2))
+  lead(str(done), lambda: config.write(done, json.dumps({**result, "seconds": round(seconds, 1)}, indent=2)))
   say(f"  {directory.name} took {clock(seconds)}")
   return read(done)
 
@@ -193,6 +232,16 @@ def once(directory: Path, work: Callable[[Path], dict[str, Any]]) -> dict[str, A
 
 def prepare(directory: Path, settings: Config) -> Run:
   """Data set, tokenizer, token stores, and the parameters to start from."""
+  with mesh.first("prepare"):
+    current, checkpoint_pair, shapes = sources(directory, settings)
+  mesh.agree("the data, weights or tokenizer", json.dumps(read(directory / "prepare" / "manifest.json")["begun"]))
+  params = step.init_params(settings.model, *shapes, jax.random.key(settings.seed))
+  current.params = mesh.whole(pretrained.assign(params, *checkpoint_pair), mesh.make())
+  return current
+
+
+def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tuple[Any, Any]]:
+  """What a run reads, without its parameters; then both checkpoints, and the shapes of both encoders."""
   cache = Path(settings.data.cache).expanduser()
   place = folder(directory / "prepare")
   begin = time.monotonic()
@@ -229,7 +278,8 @@ def prepare(directory: Path, settings: Config) -> Run:
     raise UserError(
       f"{directory}: {field} changed since this run began ({before.get(field)} -> {begun[field]}); use --fresh"
     )
-  tokenizer.save(place / "tokenizer")
+  if mesh.leads():
+    tokenizer.save(place / "tokenizer")
   shapes = (architecture(settings, student, tokenizer), architecture(settings, teacher, tokenizer))
   rate = encoder.with_dropout(shapes[0], settings.model.dropout)
   for name in TRAINED:
@@ -242,9 +292,6 @@ def prepare(directory: Path, settings: Config) -> Run:
     raise UserError(
       f"negatives={needed}: the corpus of {len(passages)} passages is too small for so many beside the positives"
     )
-  devices = mesh.make()
-  params = step.init_params(settings.model, *shapes, jax.random.key(settings.seed))
-  params = mesh.whole(pretrained.assign(params, student, teacher), devices)
   store = lambda name, texts: tokens.build(place / name, texts, tokenizer)
   current = Run(
     directory,
@@ -254,7 +301,6 @@ def prepare(directory: Path, settings: Config) -> Run:
     store("passages", passages),
     {split: store(f"queries-{split}", q.texts) for split, q in data.queries.items()},
     batches.identities(passages),
-    params,
   )
   if not known.is_file():
     rows = zip(data.corpus.ids, data.corpus.titles, data.corpus.texts)
@@ -272,7 +318,7 @@ def prepare(directory: Path, settings: Config) -> Run:
     config.write(known, json.dumps(result, indent=2))
     say(f"  prepare took {clock(time.monotonic() - begin)}")
   say(f"  {len(passages)} passages, {len(data.queries['train'].ids)} training queries, from {read(known)['start']}")
-  return current
+  return current, (student, teacher), shapes
 
 
 def start(field: str, name: str, cache: Path) -> pretrained.Checkpoint | None:
@@ -311,7 +357,7 @@ def baselines(current: Run) -> dict[str, Any]:
   test = current.data.queries["test"]
   ids = current.data.corpus.ids
   bm25 = evaluate.bm25(current.data.corpus.passages, ids, dict(zip(test.ids, test.texts)), DEPTH)
-  evaluate.write_run(bm25, folder(current.directory / "runs") / "test.bm25.trec", "bm25")
+  current.write_run(bm25, folder(current.directory / "runs") / "test.bm25.trec", "bm25")
   passages = current.encode(current.params, current.passages, "passages", late=False)
   queries = current.encode(current.params, current.queries["test"], "test queries", late=False)
   found = retrieval.top_k(queries.vectors, passages.vectors, DEPTH)
@@ -325,9 +371,9 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
   """Trains a stage from the given parameters, or reads its result back."""
   stage: config.Train = getattr(current.config, name)
   place = current.directory / name
-  if (place / "manifest.json").is_file():
+  if mesh.told((place / "manifest.json").is_file()):
     say(f"{name}: done before")
-    return finished(place, params, current.config.model, stage)
+    return finished(place, params, current.config.model, stage, read(place / "manifest.json")["kept"])
   trained: list[Params] = []  # handed out of the stage
 
   def work(place: Path) -> dict[str, Any]:
@@ -340,17 +386,42 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
       current.tokenizer,
     )
     seed = 1000 * TRAINED.index(name) + current.config.seed
-    result, compilations = train(place, params, texts, current.config.model, current.config.data, stage, seed)
-    trained.append(result)
+    settings = current.config
+    measuring = dev_slice(current) if stage.measure_every else None
+    metric = settings.evaluate.metric
+    found = train(place, params, texts, settings.model, settings.data, stage, seed, measuring, metric)
+    trained.append(found.params)
     return {
       "steps": stage.steps,
       "batch": stage.batch,
       "negatives": stage.negatives,
-      "compilations": compilations,
+      "kept": found.step,
+      "best": found.best,
+      "compilations": found.compilations,
     }
 
   current.stage(name, work)
   return trained[0]
+
+
+def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:
+  """Measures a student on the first dev queries, over their positives and some other passages drawn from the seed."""
+  e, dev = current.config.evaluate, current.data.queries["dev"]
+  some = np.arange(min(e.dev_queries, len(dev.ids)))
+  needed = np.unique(np.concatenate([positives(current, "dev")[i] for i in some]))
+  order = np.random.default_rng(current.config.seed).permutation(len(current.passages))
+  others = order[~np.isin(order, needed)][: e.dev_passages]
+  chosen = np.sort(np.concatenate([needed, others]))
+  queries, passages = current.queries["dev"].take(some), current.passages.take(chosen)
+  qrels = {name: current.data.qrels("dev")[name] for name in dev.ids[: len(some)]}
+
+  def measure(params: Params) -> dict[str, float]:
+    q = current.encode(params, queries, "dev queries", late=False)
+    p = current.encode(params, passages, "passages", late=False)
+    values, found = retrieval.top_k(q.vectors, p.vectors, DEPTH)
+    return evaluate.metrics(current.as_run("dev", values, chosen[found]), qrels)
+
+  return measure
 
 
 def positives(current: Run, split: str) -> list[np.ndarray]:
@@ -363,7 +434,7 @@ def encode_corpus(current: Run, params: Params, place: Path) -> tuple[retrieval.
   """Vectors and token vectors of the corpus, kept in the stage's folder; the dual-encoder's metrics on dev."""
   passages = current.encode(params, current.passages, "passages", late=True)
   for name, x in dataclasses.asdict(passages).items():
-    np.save(place / f"{name}.npy", x)
+    lead(name, functools.partial(np.save, place / f"{name}.npy", x))
   queries = current.encode(params, current.queries["dev"], "dev queries", late=False)
   found = retrieval.top_k(queries.vectors, passages.vectors, DEPTH)
   return passages, current.measure(f"dual.{place.name}", "dev", *found)
@@ -388,7 +459,7 @@ def mine(current: Run, params: Params, place: Path) -> dict[str, Any]:
   rows, values = retrieval.mine(
     queries.vectors, passages.vectors, positives(current, "train"), current.identity, current.config.mine
   )
-  evaluate.write_run(current.as_run("train", values, rows), place / "negatives.trec", "mined")
+  current.write_run(current.as_run("train", values, rows), place / "negatives.trec", "mined")
   return {"dev": dev, "negatives_per_query": float(np.mean([len(r) for r in rows]))}
 
 
@@ -484,12 +555,12 @@ def keep(current: Run, students: dict[str, Params], best: str) -> Params:
     teacher = own
   params = {"student": student, "teacher": teacher}
   place = folder(current.directory / "model")
-  current.tokenizer.save(place / "tokenizer")
   about = {
     "student": best,
     "corpus": str(Path(encoded_in(best)) / "vectors.npy"),
     "data": dataclasses.asdict(current.config.data),
     "fingerprint": current.data.fingerprint,
   }
-  checkpoints.save_model(place, params, settings, about)
+  lead("tokenizer", lambda: current.tokenizer.save(place / "tokenizer"))
+  lead("model", lambda: checkpoints.save_model(place, params, settings, about))
   return params

@@ -88,8 +88,8 @@ class Embeddings:
 
   vector: Float[Array, "n h"]
   mask: Bool[Array, "n l"]
-  tokens: Float[Array, "n l d"] = None  # unit length, in the model's dtype
-  twin: Float[Array, "n h"] = None  # the vector again, under other dropout (DualReg)
+  tokens: Float[Array, "n l d"] = struct.field(default=None)  # unit length, in the model's dtype
+  twin: Float[Array, "n h"] = struct.field(default=None)  # the vector again, under other dropout (DualReg)
 
 
 def embed(
@@ -112,7 +112,7 @@ def embed(
     repeat = lambda x: jnp.concatenate([x] * copies)
     several = jax.tree.map(repeat, rows)
     if noise is not None:
-      numbers = noise.replace(rows=jnp.concatenate([noise.rows * copies + i for i in range(copies)]))
+      numbers = Noise(noise.seeds, jnp.concatenate([noise.rows * copies + i for i in range(copies)]))
   hidden, _ = encoder(several, numbers)
   hidden, mask = hidden.astype(jnp.float32), several.segments > 0
   if model.pooling == "mean":
@@ -121,11 +121,12 @@ def embed(
     vector = hidden[:, 0]
   vectors = jnp.split(unit(vector) if model.cosine else vector, copies)
   size = len(vectors[0])
-  tokens = None
+  tokens: Any = None
   if late:
     first = hidden[:size]
     tokens = unit(first if student.projection is None else student.projection(first)).astype(model.dtype)
-  return Embeddings(vectors[0], mask[:size], tokens, vectors[1] if copies > 1 else None)
+  twin: Any = vectors[1] if copies > 1 else None
+  return Embeddings(vectors[0], mask[:size], tokens, twin)
 
 
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -219,10 +220,10 @@ def content(rows: Rows, special: tuple[int, ...]) -> Bool[Array, "n l"]:
 class Towers:
   """What the encoders make of a batch; None where no term asks."""
 
-  queries: Embeddings = None
-  passages: Embeddings = None
-  cross: Float[Array, "b k"] = None
-  attention: Float[Array, "b k lq lp"] = None
+  queries: Embeddings = struct.field(default=None)
+  passages: Embeddings = struct.field(default=None)
+  cross: Float[Array, "b k"] = struct.field(default=None)
+  attention: Float[Array, "b k lq lp"] = struct.field(default=None)
 
 
 def in_chunks(function: Callable[..., Any], count: int, *rows: Any) -> Any:
@@ -248,7 +249,7 @@ def towers(
   """Everything that goes through an encoder, for the queries at hand (`numbers`: their places in the global batch)."""
   weights, size = train.weights, len(batch.texts) // len(numbers)  # K
   count = len(numbers) // (train.chunk or len(numbers))
-  noise = lambda tower, rows: None if seeds[tower] is None else Noise(seeds[tower], rows)
+  noise = lambda tower, rows: None if (own := seeds[tower]) is None else Noise(own, rows)
   lists = lambda numbers: (numbers[:, None] * size + jnp.arange(size, dtype=numbers.dtype)).ravel()
   student = params["student"]
   settings: dict[str, Any] = {"late": weights.needs_late, "copies": 2 if weights.needs_twin else 1}
@@ -264,7 +265,10 @@ def towers(
   def embedded(tower, rows, numbers):
     return embed(student, model, rows, noise(tower, numbers), tower == "query", **settings)
 
-  queries = passages = logits = attention = None
+  queries: Any = None
+  passages: Any = None
+  logits: Any = None
+  attention: Any = None
   if weights.needs_student:
     queries = in_chunks(partial(embedded, "query"), count, batch.queries, numbers)
     passages = in_chunks(lambda rows, n: embedded("passage", rows, lists(n)), count, batch.passages, numbers)
@@ -287,7 +291,7 @@ def score(params: Params, batch: Batch, model: config.Model, train: config.Train
   if train.frozen_teacher:
     noisy["cross"] = None
   made = mesh.per_device(
-    lambda given, batch, numbers: towers(*given, batch, numbers, model, train),
+    lambda given, batch, numbers: towers(given[0], given[1], batch, numbers, model, train),
     (params, noisy),
     batch,
     mesh.split(jnp.arange(size, dtype=jnp.uint32)),

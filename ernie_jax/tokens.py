@@ -121,11 +121,18 @@ class Store:
     """Tokens of each text, without special tokens."""
     return np.diff(self.offsets)
 
+  def take(self, rows: np.ndarray) -> Store:
+    """Some texts, in memory."""
+    return _joined([self[row] for row in rows])
+
+
+def _joined(pieces: Sequence[np.ndarray]) -> Store:
+  return Store(np.concatenate([np.zeros(0, np.int32), *pieces]), np.cumsum([0] + [len(p) for p in pieces]))
+
 
 def in_memory(texts: Sequence[str], tokenizer: Tokenizer) -> Store:
   """A store of a few texts, such as the queries that a user types."""
-  pieces = tokenizer.encode(texts)
-  return Store(np.concatenate([np.zeros(0, np.int32), *pieces]), np.cumsum([0] + [len(p) for p in pieces]))
+  return _joined(tokenizer.encode(texts))
 
 
 def build(directory: Path, texts: Sequence[str], tokenizer: Tokenizer, block: int = 4096) -> Store:

@@ -5,44 +5,78 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
-from ernie_jax import batches, config, mesh, step
+from ernie_jax import batches, config, cost, mesh, step
 from ernie_jax.checkpoints import Checkpoints
 from ernie_jax.config import UserError
 from ernie_jax.progress import Progress, say
-from ernie_jax.scores import Params
+from ernie_jax.scores import Batch, Params
 
 
 class Interrupted(KeyboardInterrupt):
-  """Ctrl-C during training: everything up to the last whole step is saved."""
+  """Ctrl-C or SIGTERM during training: everything up to the last whole step is saved."""
+
+  def __init__(self, text: str, number: int):
+    super().__init__(text)
+    self.signal = number
 
 
-@dataclasses.dataclass
 class Stop:
-  """Turns Ctrl-C into a request that the loop answers between two steps; a second Ctrl-C ends the process at once."""
+  """Turns Ctrl-C and SIGTERM into a request that the loop answers between two steps; a second one ends the process.
 
-  asked: bool = False
+  With several processes one of them may be asked: JAX's coordination service, which holds SIGTERM then, lets all agree
+  on the step.
+  """
+
+  def __init__(self):
+    self.asked, self.before = 0, {}
 
   def __enter__(self) -> Stop:
-    try:
-      self.before = signal.signal(signal.SIGINT, self._ask)
-    except ValueError:  # not in the main thread: leave Ctrl-C as it is
-      self.before = None
+    several = jax.process_count() > 1
+    for number in (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM):
+      try:
+        self.before[number] = signal.signal(number, self._pass_on if several else self._ask)
+      except ValueError:  # not in the main thread: leave it as it is
+        break
     return self
 
-  def _ask(self, *_: Any) -> None:
-    self.asked = True
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+  def _ask(self, number: int, _: Any) -> None:
+    self.asked = number
+    signal.signal(number, signal.SIG_DFL)
+
+  def _pass_on(self, number: int, _: Any) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  def at(self, number: int) -> int:
+    """The signal that asks to stop after this step; 0 without one. The same answer in every process."""
+    if jax.process_count() == 1:
+      return self.asked
+    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(number) else 0
 
   def __exit__(self, kind, value, trace) -> None:
-    if self.before is not None:
-      signal.signal(signal.SIGINT, self.before)
+    for number, handler in self.before.items():
+      signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """What a stage hands on."""
+
+  params: Params
+  step: int  # whose parameters these are: the last, or the best measured
+  compilations: int
+  best: dict[str, Any] | None  # the best measured step and its metrics
 
 
 def train(
@@ -53,97 +87,148 @@ def train(
   data: config.Data,
   stage: config.Train,
   seed: int,
-) -> tuple[Params, int]:
-  """Trains one stage in `directory`, or continues it: the parameters after its last step, and how often it compiled.
+  measure: Callable[[Params], dict[str, float]] | None = None,
+  metric: str = "",
+) -> Trained:
+  """Trains one stage in `directory`, or continues it.
 
-  Call under `jax.set_mesh(mesh.make())`. Leaves `checkpoints/` (state and data position), `log.jsonl` (every term of
-  every step) and TensorBoard events. Raises `Interrupted` after Ctrl-C, `UserError` if the loss is not finite.
+  Call under `jax.set_mesh(mesh.make())`. `measure` gives dev metrics every `stage.measure_every` steps, of which
+  `metric` decides which step is best. Leaves `checkpoints/` (state and data position), `log.jsonl` (every term of every
+  step) and TensorBoard events. Raises `Interrupted` after Ctrl-C or SIGTERM; `UserError` after `step.MOST_SKIPPED`
+  steps in a row without a finite gradient, and where a checkpoint cannot be written.
   """
-  from tensorboardX import SummaryWriter
-
   # ---- Data, state: from the newest checkpoint, else from the given parameters.
-  devices = jax.sharding.get_abstract_mesh().size
-  if stage.batch % devices:
-    good = ", ".join(str(max(1, stage.batch // devices + i) * devices) for i in (0, 1))
-    raise UserError(f"batch={stage.batch}: does not divide over {devices} devices; use {good}")
-  data_mesh = mesh.make()
-  iterator = batches.batches(texts, data, stage, seed)
+  grid = mesh.make()
+  step.divides(stage, grid.devices.size)
+  iterator = batches.batches(texts, data, stage, seed, mesh.share(grid, stage.batch))
   key = jax.random.fold_in(jax.random.key(seed), 0x7EA)  # not the key that made the parameters
   # The step donates its state: train on a copy, so that the caller's parameters stay valid.
   state = step.init_state(jax.tree.map(jax.numpy.copy, params), model, stage)
   train_step: Any = step.make_train_step(model, stage)
+  work = cost.flops(*shapes(params), model, stage, data)
+  best: dict[str, Any] | None = None
 
-  with Checkpoints(directory / "checkpoints") as checkpoints, Stop() as stop:
+  with Checkpoints(directory / "checkpoints", stage.keep) as checkpoints, Stop() as stop:
     if (found := checkpoints.newest(state)) is not None:
-      state, position = found
+      state, position, best = found
       iterator.set_state(position)
     done = int(state.step)
     if 0 < done < stage.steps:
       say(f"  continues at step {done}")
-    log = _Log(directory / "log.jsonl", done)
-    board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
 
     # ---- The loop. Reading the logs waits for the step, which virtual CPU devices need.
     start = time.monotonic()
-    with Progress(directory.name, stage.steps, "steps", done) as bar, log, board:
+    with Progress(directory.name, stage.steps, "steps", done) as bar, _Log(directory, stage, done) as log:
       for number in range(done + 1, stage.steps + 1):
-        batch = mesh.shard(next(iterator), data_mesh)
+        began = time.monotonic()
+        batch = next(iterator)
         try:
-          state, logs = train_step(state, batch, key)
+          state, logs = train_step(state, mesh.shard(batch, grid), key)
+          terms = {name: float(x) for name, x in logs.items()}
         except jax.errors.JaxRuntimeError as error:
           if "RESOURCE_EXHAUSTED" not in str(error):
             raise
           raise UserError(
-            f"{directory.name}: the device's memory is too small for batch={stage.batch}; lower it, or set model.remat"
+            f"{directory.name}: the device's memory is too small for batch={stage.batch}; set chunk (queries "
+            "encoded at once), or model.remat"
           ) from error
-        terms = {name: float(x) for name, x in logs.items()}
-        log.write(number, terms, time.monotonic() - start)
-        for name, x in terms.items():
-          board.add_scalar(f"train/{name}", x, number)
-        bad = [name for name in (*stage.weights.active, "gradient_norm") if not math.isfinite(terms[name])]
-        if bad:
-          raise UserError(
-            f"{directory.name}, step {number}: {', '.join(sorted(bad))} is not finite; lower optimizer.learning_rate"
-          )
-        stopping = stop.asked  # read once: it may change at any moment
-        if number % stage.checkpoint_every == 0 or number == stage.steps or stopping:
-          checkpoints.save(state, iterator.get_state())
-        bar.advance(1, f"loss {terms['total']:.3f}")
+        if terms["skipped"]:
+          spoilt = [name for name in sorted(stage.weights.active) if not math.isfinite(terms[name])]
+          what = ", ".join(spoilt) or "the gradient of a finite loss"
+          if terms["skipped"] >= step.MOST_SKIPPED:
+            raise UserError(
+              f"{directory.name}, step {number}: {what} is not finite, {step.MOST_SKIPPED} steps in a row; "
+              "lower optimizer.learning_rate"
+            )
+          say(f"  step {number} skipped: {what} is not finite")
+        speed = rates(batch, stage, time.monotonic() - began, work) if number > done + 1 else {}  # not while compiling
+
+        # ---- Measure, save, log, stop.
+        dev = {}
+        due = number == stage.steps or (stage.measure_every and number % stage.measure_every == 0)
+        if measure is not None and stage.measure_every and due:
+          dev = measure(state.params)
+          if best is None or dev[metric] > best["metrics"][metric]:
+            best = {"step": number, "metrics": dev}
+        stopping = stop.at(number)  # read once: it may change at any moment
+        if number % stage.checkpoint_every == 0 or due or stopping:
+          checkpoints.save(state, iterator.get_state(), best)
+        log.write(number, terms, speed, dev, time.monotonic() - start)
+        bar.advance(1, f"loss {terms['total']:.3f}" + (f", {metric} {dev[metric]:.3f}" if dev else ""))
         if stopping:
-          raise Interrupted(f"{directory.name}: stopped and saved after step {number}")
-  return state.params, train_step._cache_size()
+          raise Interrupted(f"{directory.name}: stopped and saved after step {number}", stopping)
+    kept = stage.steps if best is None else best["step"]
+    result = state.params if kept == stage.steps else checkpoints.at(kept, state).params
+  return Trained(result, kept, train_step._cache_size(), best)
 
 
-def finished(directory: Path, params: Params, model: config.Model, stage: config.Train) -> Params:
-  """The parameters after a finished stage's last step, arranged as `params`."""
+def finished(directory: Path, params: Params, model: config.Model, stage: config.Train, kept: int) -> Params:
+  """The parameters that a finished stage handed on, those after step `kept`, arranged as `params`."""
   like = step.init_state(params, model, stage)
-  with Checkpoints(directory / "checkpoints") as checkpoints:
-    return checkpoints.at(stage.steps, like).params
+  with Checkpoints(directory / "checkpoints", stage.keep) as checkpoints:
+    return checkpoints.at(kept, like).params
+
+
+def shapes(params: Params) -> tuple[config.Architecture, config.Architecture]:
+  """Of student and cross-encoder."""
+  student, teacher = params["student"].encoder, params["teacher"].encoder
+  return student.architecture, (student if teacher is None else teacher).architecture
+
+
+def rates(batch: Batch, stage: config.Train, seconds: float, work: float) -> dict[str, float]:
+  """Speed of one step over all devices, its data included; `batch` is this host's share, `work` the step's FLOPs."""
+  weights = stage.weights
+  used = [batch.queries, batch.passages] if weights.needs_student else []
+  used += [batch.pairs] if weights.needs_teacher else []
+  tokens = sum(rows.tokens.size for rows in used) * jax.process_count()
+  real = sum(int(np.count_nonzero(rows.segments)) for rows in used) * jax.process_count()
+  share = cost.mfu(work, seconds, jax.device_count())
+  found = {"queries_per_second": stage.batch / seconds, "tokens_per_second": tokens / seconds}
+  return found | {"real_tokens": real / tokens} | ({} if share is None else {"mfu": share})
 
 
 class _Log:
-  """One JSON line a step. Lines after the step that training continues from are dropped, so none is there twice."""
+  """One JSON line a step, and TensorBoard; process 0 writes.
 
-  def __init__(self, path: Path, done: int):
+  Lines after the step that training continues from are dropped, so none is there twice.
+  """
+
+  def __init__(self, directory: Path, stage: config.Train, done: int):
+    self.path, self.weights = directory / "log.jsonl", dataclasses.asdict(stage.weights)
+    if not mesh.leads():
+      return
+    from tensorboardX import SummaryWriter
+
     kept = []
-    if path.exists():
-      for line in path.read_text().splitlines():
+    if self.path.exists():
+      for line in self.path.read_text().splitlines():
         try:
           kept += [line] if json.loads(line)["step"] <= done else []
         except ValueError:  # a line cut short by a kill
           break
-    config.write(path, "".join(line + "\n" for line in kept))
-    self.path = path
+    config.write(self.path, "".join(line + "\n" for line in kept))
+    self.board = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
 
   def __enter__(self) -> _Log:
-    self.file = open(self.path, "a", buffering=1)
+    if mesh.leads():
+      self.file = open(self.path, "a", buffering=1)
     return self
 
   def __exit__(self, kind, value, trace) -> None:
-    self.file.close()
+    if mesh.leads():
+      self.file.close()
+      self.board.close()
 
-  def write(self, number: int, terms: dict[str, float], seconds: float) -> None:
-    apart = ("total", "gradient_norm", "learning_rate")
-    line = {"step": number, "terms": {k: v for k, v in terms.items() if k not in apart}}
-    line |= {k: terms[k] for k in apart} | {"seconds": round(seconds, 3)}
+  def write(
+    self, number: int, terms: dict[str, float], speed: dict[str, float], dev: dict[str, float], seconds: float
+  ) -> None:
+    if not mesh.leads():
+      return
+    scalars = {f"train/{name}": x for name, x in terms.items()} | {f"speed/{name}": x for name, x in speed.items()}
+    scalars |= {f"weight/{name}": x for name, x in self.weights.items()} | {f"dev/{name}": x for name, x in dev.items()}
+    for name, x in scalars.items():
+      self.board.add_scalar(name, x, number)
+    own = {name: x for name, x in terms.items() if name in self.weights}
+    line = {"step": number, "terms": own} | {name: x for name, x in terms.items() if name not in own}
+    line |= {"seconds": round(seconds, 3)} | ({"dev": dev} if dev else {})
     self.file.write(json.dumps(line) + "\n")

@@ -1,13 +1,30 @@
 """Real processes for tests of several hosts: `run("name", folder, ...)` calls a function below in two of them."""
 
+import dataclasses
+import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+  os.environ["TESTS_DEVICES"] = "1"
+  import conftest  # noqa: F401 (sets JAX up)
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ernie_jax import checkpoints, config, mesh, step
+from ernie_jax import train as loop
+
 COUNT = 2
+MODEL = config.Model(late_width=8)
+STAGE = config.Train(steps=4, batch=8, negatives=2, weights=config.Weights.only(nll_ce=1))
 
 
 def run(name: str, folder: Path, **arguments: Any) -> Any:
@@ -29,10 +46,6 @@ def run(name: str, folder: Path, **arguments: Any) -> Any:
 def gradients(model, train):
   """Loss, terms and gradients of the tests' batch, of which each process holds its share."""
   import conftest
-  import jax
-  import numpy as np
-
-  from ernie_jax import mesh, step
 
   params = step.init_params(model, conftest.TINY, conftest.TINY, jax.random.key(0))
   grid = mesh.make()
@@ -43,14 +56,52 @@ def gradients(model, train):
     return jax.device_get(run(mesh.whole(params, grid), mesh.shard(batch, grid)))
 
 
+def at(state, number):
+  """The state as if it stood at a step, with other values at every step."""
+  moved = jax.tree.map(lambda x: x + number if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+  return moved.replace(step=jax.tree.map(lambda x: x * 0 + number, state.step))
+
+
+def checkpoint(work, directory, devices=COUNT):
+  """Saves or loads step 3 of the tests' state on some devices, the optimizer's state split over them."""
+  import conftest
+
+  stage = dataclasses.replace(STAGE, optimizer=config.Optimizer(shard=True))
+  grid = mesh.make(jax.devices()[:devices])
+  with jax.set_mesh(grid), checkpoints.Checkpoints(directory) as manager:
+    params = step.init_params(MODEL, conftest.TINY, conftest.TINY, jax.random.key(0))
+    state = step.init_state(mesh.whole(params, grid), MODEL, stage)
+    if work == "save":
+      manager.save(jax.jit(lambda s: at(s, 3))(state), {"next_index": 3})
+      return None
+    found = manager.newest(state)[0]
+    spread = [x for x in jax.tree.leaves(found.optimizer) if not x.sharding.is_fully_replicated]
+    assert devices == 1 or spread
+    return jax.tree.map(lambda x: np.asarray(mesh.replicate(x)), found)
+
+
+def train(directory, stop, texts, params, model, data, stage):
+  """Trains a stage; at step `stop` process 1 alone gets SIGTERM. What was logged, where it stopped, the parameters."""
+  grid = mesh.make()
+  real, calls = mesh.shard, []
+
+  def shard(*arguments):
+    calls.append(1)
+    if len(calls) == stop and not mesh.leads():
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1)  # the coordination service hears of it within moments
+    return real(*arguments)
+
+  loop.mesh.shard = shard
+  with jax.set_mesh(grid):
+    try:
+      found = loop.train(directory, mesh.whole(params, grid), texts, model, data, stage, 5)
+    except loop.Interrupted as stopped:
+      return str(stopped), stopped.signal
+    return jax.device_get(found.params), found.step
+
+
 if __name__ == "__main__":
-  import os
-
-  os.environ["TESTS_DEVICES"] = "1"
-  import conftest  # noqa: F401 (sets JAX up)
-
-  from ernie_jax import mesh
-
   function, place, address, number = sys.argv[1:]
   mesh.Hosts(True, address, COUNT, int(number)).start()
   found = globals()[function](**pickle.loads((Path(place) / "arguments.pickle").read_bytes()))

@@ -1,28 +1,24 @@
 """Checkpoints and saved models: exact round trips; every damaged file is noticed."""
 
+import collections
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from conftest import TINY
+from processes import MODEL, STAGE, at
 
-from ernie_jax import checkpoints, config, step
+from ernie_jax import checkpoints, step
 from ernie_jax.checkpoints import Checkpoints
-from ernie_jax.config import Optimizer, Train, UserError, Weights
-
-MODEL = config.Model(late_width=8)
-STAGE = Train(steps=4, batch=8, negatives=2, weights=Weights.only(nll_ce=1), optimizer=Optimizer())
+from ernie_jax.config import UserError
 
 
 @pytest.fixture(scope="module")
 def state():
   return step.init_state(step.init_params(MODEL, TINY, TINY, jax.random.key(0)), MODEL, STAGE)
-
-
-def at(state, number):
-  """The state as if it stood at a step, with other values at every step."""
-  moved = jax.tree.map(lambda x: x + number if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
-  return moved.replace(step=jnp.asarray(number, jnp.int32))
 
 
 def same(a, b):
@@ -38,7 +34,8 @@ def save(directory, state, *numbers):
 
 def newest(directory, state):
   with Checkpoints(directory) as manager:
-    return manager.newest(state)
+    found = manager.newest(state)
+    return found and found[:2]
 
 
 def test_a_state_comes_back_bit_for_bit_with_its_position(state, tmp_path):
@@ -57,6 +54,78 @@ def test_nothing_saved_is_none(state, tmp_path):
 def test_only_the_newest_are_kept(state, tmp_path):
   save(tmp_path / "c", state, 1, 2, 3, 4)
   assert sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == [3, 4]
+
+
+def test_the_best_step_outlives_newer_ones(state, tmp_path):
+  best = lambda number: {"step": number, "metrics": {"MRR@10": 0.5}}
+  with Checkpoints(tmp_path / "c", keep=1) as manager:
+    for number, top in ((1, None), (2, best(2)), (3, best(2)), (4, best(2))):
+      manager.save(at(state, number), {"next_index": number}, top)
+  assert sorted(int(p.name) for p in (tmp_path / "c").iterdir()) == [2, 4]
+  with Checkpoints(tmp_path / "c", keep=1) as manager:
+    assert manager.newest(state)[2] == best(2)
+    manager.save(at(state, 5), {"next_index": 5}, best(2))  # the best is known again after a restart
+  assert sorted(int(p.name) for p in (tmp_path / "c").iterdir()) == [2, 5]
+
+
+SMALL = step.State(jnp.asarray(0, jnp.int32), {"w": jnp.arange(300.0)}, {"m": jnp.arange(7.0)})
+
+
+def harms(folder):
+  """(what is done, to which file) for every single file of a checkpoint, and for its folders."""
+  for path in sorted(folder.rglob("*")):
+    kinds = ("overwrite", "truncate", "empty", "delete") if path.is_file() else ("empty directory", "delete directory")
+    yield from ((kind, path) for kind in kinds)
+
+
+def harm(kind, path):
+  """Overwriting exchanges digits for others, so that JSON stays JSON, and inverts all other bytes."""
+  raw = path.read_bytes() if path.is_file() else b""
+  if kind == "overwrite":
+    other = lambda x: 48 + (x - 47) % 10 if 48 <= x < 58 else x if b"{" in raw[:1] else 255 - x
+    middle = len(raw) // 2
+    path.write_bytes(raw[:middle] + bytes(map(other, raw[middle:][:64])) + raw[middle + 64 :])
+  elif kind == "truncate":
+    path.write_bytes(raw[: len(raw) // 2])
+  elif kind == "empty":
+    path.write_bytes(b"")
+  elif kind == "delete":
+    path.unlink()
+  else:
+    shutil.rmtree(path)
+    if kind == "empty directory":
+      path.mkdir()
+
+
+@pytest.mark.timeout(600)
+def test_no_single_damage_restores_a_wrong_state(tmp_path):
+  """Every file and folder of the newest step, damaged in every way: that state, the one before, or an error."""
+  save(tmp_path / "c", SMALL, 1, 2)
+  relative = [(kind, path.relative_to(tmp_path / "c")) for kind, path in harms(tmp_path / "c" / "2")]
+  assert len(relative) > 30
+  outcomes = collections.Counter()
+  for kind, path in relative:
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "c", copy)
+    harm(kind, copy / path)
+    got, position = newest(copy, SMALL)
+    number = int(got.step)
+    assert same(got, at(SMALL, number)), (kind, path)
+    assert position == {"next_index": number}, (kind, path)
+    outcomes[number] += 1
+    shutil.rmtree(copy)
+  assert outcomes[1] >= 20  # what is left, such as sharding of the writer, is not needed to read the step
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(8, 1), (1, 8), (8, "2 processes"), ("2 processes", 8), (8, 2)])
+def test_a_checkpoint_restores_on_other_devices_and_hosts(state, tmp_path, writer, reader):
+  """Optimizer state split over the devices (ZeRO-1) of the writer, read onto those of the reader."""
+  for who, work in ((writer, "save"), (reader, "load")):
+    if who == "2 processes":
+      found = processes.run("checkpoint", tmp_path, work=work, directory=tmp_path / "c")
+    else:
+      found = processes.checkpoint(work, tmp_path / "c", who)
+  assert same(found, at(state, 3))
 
 
 def damage(directory, how):

@@ -13,6 +13,7 @@ ORDER = [
   "scores",
   "losses",
   "step",
+  "cost",
   "progress",
   "datasets",
   "tokens",
