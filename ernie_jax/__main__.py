@@ -11,7 +11,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -25,6 +25,8 @@ USAGE = """usage: ernie-jax VERB ...
       the whole strategy: train, mine, distil, evaluate, report; the same command continues after an interruption
   search DIR ["a query"] [--k 10]
       search the corpus of a finished run; without a query, a prompt
+  plan CONFIG --topology v5e:16x16 [--stage cascade] [--sweep] [--cascade.batch 4096] ...
+      memory, communication and time of a stage's step on a TPU slice, from the compiler, without a TPU
 
 `ernie-jax VERB --help` lists the flags; every field of a configuration is one."""
 
@@ -45,6 +47,16 @@ class Search:
   run: Annotated[Path, tyro.conf.Positional]  # the run's folder
   query: Annotated[str | None, tyro.conf.Positional] = None  # without one: a prompt
   k: int = 10  # passages to show
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Compiles a stage's training step for a TPU slice, without a TPU, and says what it would take."""
+
+  config: Annotated[Config, tyro.conf.arg(name="")]  # its fields are flags without a prefix
+  topology: str = "v5e:16x16"  # the slice: v5e:RxC, v6e:RxC or v5p:AxBxC chips
+  stage: Literal["interaction", "warmup", "cascade"] = "cascade"
+  sweep: bool = False  # 16, 32, 64, 128 and 256 chips, with the batch per chip that topology has
 
 
 def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) -> T:
@@ -83,11 +95,16 @@ def load_config(path: str) -> Config:
   return found
 
 
-def run(args: Sequence[str]) -> None:
+def named_config(args: Sequence[str], verb: str, example: str) -> tuple[bool, Config]:
+  """Whether a configuration file stands first, and its configuration; none is needed for help."""
   named = bool(args) and not args[0].startswith("-")
   if not named and "--help" not in args and "-h" not in args:
-    raise UserError("run: name a configuration file first, such as `ernie-jax run configs/quickstart.py`")
-  settings = load_config(args[0]) if named else Config()
+    raise UserError(f"{verb}: name a configuration file first, such as `ernie-jax {verb} {example}`")
+  return named, load_config(args[0]) if named else Config()
+
+
+def run(args: Sequence[str]) -> None:
+  named, settings = named_config(args, "run", "configs/quickstart.py")
   output = Path("runs") / (Path(args[0]).stem if named else "NAME")
   chosen = parse(Run, "run CONFIG", args[named:], Run(output, settings))
   from ernie_jax import evaluate, recipe
@@ -114,6 +131,18 @@ def search(args: Sequence[str]) -> None:
       show(searcher(query, chosen.k))
 
 
+def plan(args: Sequence[str]) -> None:
+  named, settings = named_config(args, "plan", "configs/msmarco.py --topology v5e:16x16")
+  chosen = parse(Plan, "plan CONFIG", args[named:], Plan(settings))
+  from ernie_jax import plan as planning
+
+  if chosen.sweep:
+    for line in planning.sweep(chosen.config, chosen.stage, chosen.topology):
+      print(line, flush=True)
+    return
+  print(planning.table(planning.plan(chosen.config, chosen.stage, chosen.topology)))
+
+
 def show(results: list[tuple[float, dict[str, str]]]) -> None:
   for rank, (score, passage) in enumerate(results, 1):
     snippet = textwrap.shorten(passage["text"], 160, placeholder=" ...")
@@ -123,7 +152,7 @@ def show(results: list[tuple[float, dict[str, str]]]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
   """Runs a verb; 0 when it is done, 2 after a mistake of the user's, 130 after Ctrl-C."""
   args = sys.argv[1:] if args is None else args
-  verbs = {"run": run, "search": search}
+  verbs = {"run": run, "search": search, "plan": plan}
   if not args or args[0] in ("-h", "--help"):
     print(USAGE)
     return 0 if args else 2

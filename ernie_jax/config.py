@@ -119,6 +119,7 @@ class Model:
   late_width: int | None = 128  # D of late interaction; None uses the hidden states themselves
   tied: bool = True  # one encoder for queries and passages
   teacher_start: str = ""  # the cross-encoder's checkpoint; empty: as the student's
+  teacher_scratch: Architecture | None = None  # the cross-encoder's shape without a checkpoint; None: student's
   share_encoder: bool = False  # the cross-encoder uses the student's encoder
   teacher_pooler: bool = True  # tanh pooler before the logit (ERNIE-Search); False: raw first token (RocketQAv2)
   dropout: float | None = None  # hidden and attention dropout; None: as the checkpoint says
@@ -134,6 +135,12 @@ class Model:
       "model.teacher_start",
       self.teacher_start,
       "a shared encoder has no checkpoint of its own: drop it, or set model.share_encoder=False",
+    )
+    check(
+      not (self.share_encoder and self.teacher_scratch),
+      "model.teacher_scratch",
+      self.teacher_scratch,
+      "a shared encoder has no shape of its own: drop it, or set model.share_encoder=False",
     )
 
 

@@ -13,6 +13,7 @@ ORDER = [
   "scores",
   "losses",
   "step",
+  "cost",
   "progress",
   "datasets",
   "tokens",
@@ -24,6 +25,7 @@ ORDER = [
   "evaluate",
   "report",
   "recipe",
+  "plan",
   "__main__",
 ]
 
