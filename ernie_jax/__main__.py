@@ -66,7 +66,9 @@ def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) ->
   errors = io.StringIO()
   try:
     with contextlib.redirect_stderr(errors):
-      return tyro.cli(kind, args=list(args), default=default, prog=f"ernie-jax {verb}")
+      # An optional part of the configuration is flags where the file has it, and not a subcommand.
+      flat = (tyro.conf.AvoidSubcommands,)
+      return tyro.cli(kind, args=list(args), default=default, prog=f"ernie-jax {verb}", config=flat)
   except SystemExit as end:
     if not end.code:
       raise

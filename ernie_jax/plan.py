@@ -228,9 +228,9 @@ def slice_of(topology: str) -> int:
   family, _, sides = topology.partition(":")
   known = FAMILIES.get(family)
   dims = [int(d) for d in sides.split("x")] if re.fullmatch(r"\d+(x\d+)*", sides) else []
-  good = (
-    known is not None and len(dims) == known.slices[0].count("x") + 1 and 1 <= min(dims) <= max(dims) <= known.longest
-  )
+  good = False
+  if known is not None and len(dims) == known.slices[0].count("x") + 1:
+    good = 0 < min(dims) and max(dims) <= known.longest and dims[0] % 2 == dims[1] % 2 == 0  # hosts hold 2 x 2 chips
   check(good, "--topology", topology, f"no such slice; good ones are {GOOD}")
   return math.prod(dims)
 
@@ -240,9 +240,10 @@ def devices(topology: str) -> list[Any]:
   slice_of(topology)
   if importlib.util.find_spec("libtpu") is None:
     raise UserError("plan: the TPU compiler is not installed; pip install -e .[tpu]")
-  # The compiler is asked, no TPU is looked for; libtpu reads these when it is loaded.
+  # The compiler is asked and no TPU is looked for, so several may run at once. libtpu reads these when it is loaded.
   jax.config.update("jax_platforms", "cpu")
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5e-256", "TPU_WORKER_HOSTNAMES": "localhost"}
+  os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
   try:
     return list(topologies.get_topology_desc(topology_name=topology, platform="tpu").devices)
   except Exception as error:  # libtpu's own errors have no common type
@@ -264,7 +265,9 @@ def architectures(model: config.Model) -> tuple[config.Architecture, config.Arch
     model.teacher_start,
     "a plan reads no checkpoint; give its shape as model.teacher_scratch",
   )
-  return student, student if teacher is None or model.share_encoder else teacher
+  if teacher is None or model.share_encoder or (model.start and not model.teacher_start):
+    return student, student  # so does a run: the student's checkpoint starts both
+  return student, teacher
 
 
 def arguments(
@@ -339,10 +342,10 @@ def plan(settings: Config, stage: Stage, topology: str) -> Plan:
   """Compiles the stage's step for the slice. `DoesNotFit` where a chip's memory is too small, other `UserError`s."""
   train: config.Train = getattr(settings, stage)
   chips = slice_of(topology)
+  shapes = architectures(settings.model)
   low = train.batch // chips * chips
   nearest = f"{low} or {low + chips}" if low else str(chips)
   check(train.batch % chips == 0, f"{stage}.batch", train.batch, f"does not divide over {chips} chips; use {nearest}")
-  shapes = architectures(settings.model)
   longest = min(a.positions for a in shapes)
   check(settings.data.pair_length <= longest, "data.passage_length", settings.data.passage_length, "too long a pair")
   over = devices(topology)
@@ -415,7 +418,7 @@ def table(made: Plan) -> str:
     amount = sum(c.bytes * c.times for c in group)
     spent = sum(seconds(c, made.chips, chip.interconnect) for c in group)
     count = sum(c.times for c in group)
-    lines.append(f"  {kind:18} {count:5d} of together {amount / GIB:8.3f} GiB {1e3 * spent:8.1f} ms")
+    lines.append(f"  {kind:16} {amount / GIB:9.3f} GiB in {count} operations: {1e3 * spent:.1f} ms")
   lines += [
     "time of a step",
     f"  model FLOPs      {made.flops:9.2e}, {share:.2e} a chip: {share / chip.flops:.3f} s at its peak of "
