@@ -230,7 +230,7 @@ def slice_of(topology: str) -> int:
   dims = [int(d) for d in sides.split("x")] if re.fullmatch(r"\d+(x\d+)*", sides) else []
   good = False
   if known is not None and len(dims) == known.slices[0].count("x") + 1:
-    good = 0 < min(dims) and max(dims) <= known.longest and dims[0] % 2 == dims[1] % 2 == 0  # hosts hold 2 x 2 chips
+    good = min(dims) > 0 and max(dims) <= known.longest and dims[0] % 2 == dims[1] % 2 == 0  # hosts hold 2 x 2 chips
   check(good, "--topology", topology, f"no such slice; good ones are {GOOD}")
   return math.prod(dims)
 
