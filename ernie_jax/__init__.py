@@ -8,7 +8,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   the three scorers                     scores.py
   the loss terms, DualReg               losses.py
   one jitted training step              step.py
-  FLOPs, what chips can do              cost.py
+  FLOPs, chips, utilisation             cost.py
   progress of long jobs                 progress.py
   texts, queries, judgements            datasets/
   tokenizer and token store             tokens.py
@@ -20,6 +20,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   metrics, BM25                         evaluate.py
   curves and tables as one page         report.py
   the training strategy, stage by stage recipe.py
+  a pod run, planned by the compiler    plan.py
   the command line                      __main__.py
 
 Each file imports only files above it. Shape letters, the same everywhere:

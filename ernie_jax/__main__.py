@@ -14,14 +14,11 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-import jax
 import tyro
 
-from ernie_jax import mesh
-from ernie_jax.config import Config, UserError
-from ernie_jax.mesh import Hosts
+from ernie_jax.config import Config, Hosts, UserError
 
 T = TypeVar("T")
 
@@ -31,6 +28,8 @@ USAGE = """usage: ernie-jax VERB ...
       the whole strategy: train, mine, distil, evaluate, report; the same command continues after an interruption
   search DIR ["a query"] [--k 10]
       search the corpus of a finished run; without a query, a prompt
+  plan CONFIG --topology v5e:16x16 [--stage cascade] [--sweep] [--cascade.batch 4096] ...
+      memory, communication and time of a stage's step on a TPU slice, from the compiler, without a TPU
 
 `ernie-jax VERB --help` lists the flags; every field of a configuration is one."""
 
@@ -54,6 +53,16 @@ class Search:
   k: int = 10  # passages to show
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Compiles a stage's training step for a TPU slice, without a TPU, and says what it would take."""
+
+  config: Annotated[Config, tyro.conf.arg(name="")]  # its fields are flags without a prefix
+  topology: str = "v5e:16x16"  # the slice: v5e:RxC, v6e:RxC or v5p:AxBxC chips
+  stage: Literal["interaction", "warmup", "cascade"] = "cascade"
+  sweep: bool = False  # 16, 32, 64, 128 and 256 chips, with the batch per chip that topology has
+
+
 def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) -> T:
   """Typed flags over a default; a wrong flag becomes one line."""
   import tyro
@@ -61,7 +70,9 @@ def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) ->
   errors = io.StringIO()
   try:
     with contextlib.redirect_stderr(errors):
-      return tyro.cli(kind, args=list(args), default=default, prog=f"ernie-jax {verb}")
+      # An optional part of the configuration is flags where the file has it, and not a subcommand.
+      flat = (tyro.conf.AvoidSubcommands,)
+      return tyro.cli(kind, args=list(args), default=default, prog=f"ernie-jax {verb}", config=flat)
   except SystemExit as end:
     if not end.code:
       raise
@@ -90,14 +101,21 @@ def load_config(path: str) -> Config:
   return found
 
 
-def run(args: Sequence[str]) -> None:
+def named_config(args: Sequence[str], verb: str, example: str) -> tuple[bool, Config]:
+  """Whether a configuration file stands first, and its configuration; none is needed for help."""
   named = bool(args) and not args[0].startswith("-")
   if not named and "--help" not in args and "-h" not in args:
-    raise UserError("run: name a configuration file first, such as `ernie-jax run configs/quickstart.py`")
-  settings = load_config(args[0]) if named else Config()
+    raise UserError(f"{verb}: name a configuration file first, such as `ernie-jax {verb} {example}`")
+  return named, load_config(args[0]) if named else Config()
+
+
+def run(args: Sequence[str]) -> None:
+  named, settings = named_config(args, "run", "configs/quickstart.py")
   output = Path("runs") / (Path(args[0]).stem if named else "NAME")
   chosen = parse(Run, "run CONFIG", args[named:], Run(output, settings, Hosts()))
-  chosen.hosts.start()  # before anything touches a device, such as the imports below
+  from ernie_jax import mesh
+
+  mesh.join(chosen.hosts)  # before anything touches a device, as an import below does
   from ernie_jax import evaluate, progress, recipe
 
   if not chosen.hosts.multihost:  # else JAX holds SIGTERM, and all processes answer it together
@@ -138,6 +156,18 @@ def search(args: Sequence[str]) -> None:
       show(searcher(query, chosen.k))
 
 
+def plan(args: Sequence[str]) -> None:
+  named, settings = named_config(args, "plan", "configs/msmarco.py --topology v5e:16x16")
+  chosen = parse(Plan, "plan CONFIG", args[named:], Plan(settings))
+  from ernie_jax import plan as planning
+
+  if chosen.sweep:
+    for line in planning.sweep(chosen.config, chosen.stage, chosen.topology):
+      print(line, flush=True)
+    return
+  print(planning.table(planning.plan(chosen.config, chosen.stage, chosen.topology)))
+
+
 def show(results: list[tuple[float, dict[str, str]]]) -> None:
   for rank, (score, passage) in enumerate(results, 1):
     snippet = textwrap.shorten(passage["text"], 160, placeholder=" ...")
@@ -147,7 +177,7 @@ def show(results: list[tuple[float, dict[str, str]]]) -> None:
 def main(args: Sequence[str] | None = None) -> int:
   """Runs a verb; 0 when it is done, 2 after a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
   code = _main(args)
-  if code and jax.distributed.is_initialized():
+  if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
     # The others may wait for this process at a point it will never reach: end now, which ends them too.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -157,7 +187,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _main(args: Sequence[str] | None) -> int:
   args = sys.argv[1:] if args is None else args
-  verbs = {"run": run, "search": search}
+  verbs = {"run": run, "search": search, "plan": plan}
   if not args or args[0] in ("-h", "--help"):
     print(USAGE)
     return 0 if args else 2

@@ -63,7 +63,8 @@ class Checkpoints:
   def save(self, state: Any, position: dict[str, Any], best: dict[str, Any] | None = None) -> None:
     """Starts saving `state` (with a `step`), the iterator's `position` and the `best` measured step so far."""
     arrays = named(state)
-    meta = {"position": position, "best": best, "crc32": {name: checksum(x) for name, x in arrays.items()}}
+    sums = {name: checksum(x) for name, x in arrays.items()}
+    meta: dict[str, Any] = {"position": position, "best": best, "crc32": sums}
     meta["own_crc32"] = zlib.crc32(json.dumps(meta, sort_keys=True).encode())
     items = self.ocp.args.Composite(state=self.ocp.args.StandardSave(arrays), meta=self.ocp.args.JsonSave(meta))
     self.best = best["step"] if best else -1

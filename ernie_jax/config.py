@@ -119,6 +119,7 @@ class Model:
   late_width: int | None = 128  # D of late interaction; None uses the hidden states themselves
   tied: bool = True  # one encoder for queries and passages
   teacher_start: str = ""  # the cross-encoder's checkpoint; empty: as the student's
+  teacher_scratch: Architecture | None = None  # the cross-encoder's shape without a checkpoint; None: student's
   share_encoder: bool = False  # the cross-encoder uses the student's encoder
   teacher_pooler: bool = True  # tanh pooler before the logit (ERNIE-Search); False: raw first token (RocketQAv2)
   dropout: float | None = None  # hidden and attention dropout; None: as the checkpoint says
@@ -134,6 +135,12 @@ class Model:
       "model.teacher_start",
       self.teacher_start,
       "a shared encoder has no checkpoint of its own: drop it, or set model.share_encoder=False",
+    )
+    check(
+      not (self.share_encoder and self.teacher_scratch),
+      "model.teacher_scratch",
+      self.teacher_scratch,
+      "a shared encoder has no shape of its own: drop it, or set model.share_encoder=False",
     )
 
 
@@ -327,3 +334,13 @@ class Config:
         True,
         "a teacher that shares the student's encoder cannot stay as it is: set model.share_encoder=False",
       )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+  """How the processes of one run on several hosts find each other; by default they do not, and each is a run."""
+
+  multihost: bool = False  # this process is one of several; what follows comes from the launcher where it knows
+  coordinator: str | None = None  # HOST:PORT of process 0; else JAX_COORDINATOR_ADDRESS
+  processes: int | None = None  # how many there are; else JAX_NUM_PROCESSES
+  process: int | None = None  # which of them this is, from 0; else JAX_PROCESS_ID

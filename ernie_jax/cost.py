@@ -23,9 +23,10 @@ class Chip(NamedTuple):
 
 GIB = 2**30
 # Keys are `device_kind` as jax reports it. Google Cloud's TPU pages (docs.cloud.google.com/tpu/docs/v5e and its
-# neighbours) give peak and Gbit/s of one chip; TPU memory is what libtpu says is available of the 32, 16, 95 and 32 GB.
+# neighbours) give peak and Gbit/s of one chip, and v4's memory; of v5e's 16 GB, v5p's 95 and v6e's 32, what libtpu
+# says is there for a program.
 # NVIDIA's data sheets give peak (dense, the "with sparsity" figure halved) and NVLink in both directions, halved here.
-V4 = Chip(275e12, 31.75 * GIB, 2400e9 / 8)
+V4 = Chip(275e12, 32e9, 2400e9 / 8)
 V5E = Chip(197e12, 15.75 * GIB, 1600e9 / 8)
 V5P = Chip(459e12, 95.74 * GIB, 4800e9 / 8)
 V6E = Chip(918e12, 31.25 * GIB, 3584e9 / 8)

@@ -9,7 +9,6 @@ gathered by `replicate`, and nothing else moves but sums over queries and the gr
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -21,52 +20,42 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ernie_jax.config import UserError, first_line
-
-
-@dataclasses.dataclass(frozen=True)
-class Hosts:
-  """How the processes of one run on several hosts find each other; by default they do not, and each is a run."""
-
-  multihost: bool = False  # this process is one of several; what follows comes from the launcher where it knows
-  coordinator: str | None = None  # HOST:PORT of process 0; else JAX_COORDINATOR_ADDRESS
-  processes: int | None = None  # how many there are; else JAX_NUM_PROCESSES
-  process: int | None = None  # which of them this is, from 0; else JAX_PROCESS_ID
-
-  def start(self) -> None:
-    """Joins the processes, before any device is used; `UserError` where N silent separate runs would follow."""
-    given = [f"--{f}" for f in ("coordinator", "processes", "process") if getattr(self, f) is not None]
-    if not self.multihost:
-      if given:
-        raise UserError(f"{given[0]}: is for a run of several processes; add --multihost")
-      if (several := next((f"{name}={n}" for name, n in _launched() if n > 1), None)) is not None:
-        raise UserError(f"{several}: a launcher started several processes, each would be a run; add --multihost")
-      return
-    number = lambda own, name: own if own is not None else int(os.environ[name]) if name in os.environ else None
-    coordinator = self.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    processes, process = number(self.processes, "JAX_NUM_PROCESSES"), number(self.process, "JAX_PROCESS_ID")
-    known = {"--coordinator": coordinator, "--processes": processes, "--process": process}
-    if given and (missing := [flag for flag, value in known.items() if value is None]):
-      raise UserError(f"{given[0]}: needs {' and '.join(missing)} too; or none of them, under Slurm, MPI or on a TPU")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
-      raise UserError(f"--coordinator {coordinator}: is not HOST:PORT")
-    if processes is not None and processes < 2:
-      raise UserError(f"--processes {processes}: one process needs no --multihost; leave it out")
-    if process is not None and processes is not None and not 0 <= process < processes:
-      raise UserError(f"--process {process}: must lie in 0..{processes - 1}, one for each process")
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of processes without an accelerator
-    try:
-      jax.distributed.initialize(coordinator, processes, process, initialization_timeout=WAIT)
-    except (ValueError, RuntimeError) as error:  # nothing detected; nobody answered
-      raise UserError(
-        f"--multihost: the processes did not find each other ({first_line(error)}); check --coordinator HOST:PORT, "
-        "--processes N and --process I, or the launcher"
-      ) from error
-    if jax.process_count() == 1:
-      raise UserError("--multihost: only one process is there; give --coordinator, --processes and --process")
-
+from ernie_jax.config import Hosts, UserError, first_line
 
 WAIT = 300  # seconds for all processes to come
+
+
+def join(hosts: Hosts) -> None:
+  """Joins the processes, before any device is used; `UserError` where N silent separate runs would follow."""
+  given = [f"--{f}" for f in ("coordinator", "processes", "process") if getattr(hosts, f) is not None]
+  if not hosts.multihost:
+    if given:
+      raise UserError(f"{given[0]}: is for a run of several processes; add --multihost")
+    if (several := next((f"{name}={n}" for name, n in _launched() if n > 1), None)) is not None:
+      raise UserError(f"{several}: a launcher started several processes, each would be a run; add --multihost")
+    return
+  number = lambda own, name: own if own is not None else int(os.environ[name]) if name in os.environ else None
+  coordinator = hosts.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+  processes, process = number(hosts.processes, "JAX_NUM_PROCESSES"), number(hosts.process, "JAX_PROCESS_ID")
+  known = {"--coordinator": coordinator, "--processes": processes, "--process": process}
+  if given and (missing := [flag for flag, value in known.items() if value is None]):
+    raise UserError(f"{given[0]}: needs {' and '.join(missing)} too; or none of them, under Slurm, MPI or on a TPU")
+  if coordinator is not None and not coordinator.rpartition(":")[2].isdigit():
+    raise UserError(f"--coordinator {coordinator}: is not HOST:PORT")
+  if processes is not None and processes < 2:
+    raise UserError(f"--processes {processes}: one process needs no --multihost; leave it out")
+  if process is not None and processes is not None and not 0 <= process < processes:
+    raise UserError(f"--process {process}: must lie in 0..{processes - 1}, one for each process")
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of processes without an accelerator
+  try:
+    jax.distributed.initialize(coordinator, processes, process, initialization_timeout=WAIT)
+  except (ValueError, RuntimeError) as error:  # nothing detected; nobody answered
+    raise UserError(
+      f"--multihost: the processes did not find each other ({first_line(error)}); check --coordinator HOST:PORT, "
+      "--processes N and --process I, or the launcher"
+    ) from error
+  if jax.process_count() == 1:
+    raise UserError("--multihost: only one process is there; give --coordinator, --processes and --process")
 
 
 def _launched() -> Iterator[tuple[str, int]]:

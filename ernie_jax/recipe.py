@@ -280,7 +280,11 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     )
   if mesh.leads():
     tokenizer.save(place / "tokenizer")
-  shapes = (architecture(settings, student, tokenizer), architecture(settings, teacher, tokenizer))
+  scratch = settings.model.scratch
+  shapes = (
+    architecture(settings, student, tokenizer, scratch),
+    architecture(settings, teacher, tokenizer, settings.model.teacher_scratch or scratch),
+  )
   rate = encoder.with_dropout(shapes[0], settings.model.dropout)
   for name in TRAINED:
     if max(rate.dropout, rate.attention_dropout) == 0 and getattr(settings, name).weights.needs_twin:
@@ -333,11 +337,11 @@ def start(field: str, name: str, cache: Path) -> pretrained.Checkpoint | None:
 
 
 def architecture(
-  settings: Config, checkpoint: pretrained.Checkpoint | None, tokenizer: tokens.Tokenizer
+  settings: Config, checkpoint: pretrained.Checkpoint | None, tokenizer: tokens.Tokenizer, scratch: config.Architecture
 ) -> config.Architecture:
-  """Shape of an encoder with the tokenizer's vocabulary and special tokens, checked against the configuration."""
+  """Shape of an encoder (`scratch` if no checkpoint) with the tokenizer's vocabulary and special tokens, checked."""
   if checkpoint is None:
-    a = dataclasses.replace(settings.model.scratch, vocabulary=len(tokenizer), special=tokenizer.special)
+    a = dataclasses.replace(scratch, vocabulary=len(tokenizer), special=tokenizer.special)
   else:
     a = dataclasses.replace(checkpoint.architecture, special=tokenizer.special)
     if len(tokenizer) > a.vocabulary:

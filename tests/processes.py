@@ -103,7 +103,7 @@ def train(directory, stop, texts, params, model, data, stage):
 
 if __name__ == "__main__":
   function, place, address, number = sys.argv[1:]
-  mesh.Hosts(True, address, COUNT, int(number)).start()
+  mesh.join(config.Hosts(True, address, COUNT, int(number)))
   found = globals()[function](**pickle.loads((Path(place) / "arguments.pickle").read_bytes()))
   if mesh.leads():
     (Path(place) / "result.pickle").write_bytes(pickle.dumps(found))

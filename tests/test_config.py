@@ -26,6 +26,10 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
     (lambda: config.Model(late_width=0), "model.late_width=0"),
     (lambda: config.Model(dropout=-0.1), "model.dropout=-0.1"),
     (lambda: config.Model(share_encoder=True, teacher_start="x/y"), "model.teacher_start='x/y'"),
+    (
+      lambda: config.Model(share_encoder=True, teacher_scratch=config.Architecture()),
+      "a shared encoder has no shape of its own",
+    ),
     (lambda: Weights(nll_de=-1), "weights.nll_de=-1"),
     (lambda: Weights(nll_de=float("nan")), "weights.nll_de=nan"),
     (lambda: Weights.only(), "weights='all 0'"),

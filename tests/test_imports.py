@@ -25,6 +25,7 @@ ORDER = [
   "evaluate",
   "report",
   "recipe",
+  "plan",
   "__main__",
 ]
 

@@ -17,7 +17,7 @@ TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
 @pytest.mark.parametrize(
   ("args", "says"),
   [
-    (["train"], "unknown verb 'train'; known are run, search"),
+    (["train"], "unknown verb 'train'; known are run, search, plan"),
     (["run"], "name a configuration file first"),
     (["run", "nowhere.py"], "nowhere.py: no such configuration file"),
     (["run", TINY, "--cascade.stepps", "3"], "--cascade.stepps"),

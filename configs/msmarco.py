@@ -1,0 +1,39 @@
+"""MS MARCO passages with ERNIE 2.0: a base student, a large cross-encoder, all seven terms and DualReg.
+
+  ernie-jax plan configs/msmarco.py --topology v5e:16x16
+  ernie-jax run configs/msmarco.py --output runs/msmarco
+
+The four JSON Lines files of README, "Your own data in five lines", are for the user to prepare, in data/msmarco.
+Planned with the compiler, never run: time, memory and quality are unmeasured.
+"""
+
+from ernie_jax.config import Architecture, Config, Data, Evaluate, Mine, Model, Optimizer, Train, Weights
+
+base = Architecture(vocabulary=30522, width=768, layers=12, heads=12, inner=3072, positions=512, types=4)
+large = Architecture(vocabulary=30522, width=1024, layers=24, heads=16, inner=4096, positions=512, types=4)
+
+config = Config(
+  data=Data(name="jsonl", folder="data/msmarco", query_length=32, passage_length=128),
+  model=Model(
+    start="nghuyong/ernie-2.0-base-en",
+    scratch=base,  # the two shapes, so that `plan` needs no download
+    teacher_start="nghuyong/ernie-2.0-large-en",
+    teacher_scratch=large,
+    dtype="bfloat16",
+    scan=True,
+    remat=True,
+  ),
+  interaction=Train(
+    steps=600,  # about 10 epochs of 500 thousand queries
+    batch=8192,
+    weights=Weights.only(nll_de=1, nll_li=1, kl_li_de=1, dualreg_query=1, dualreg_passage=1),
+    late_pool="global",
+    optimizer=Optimizer(learning_rate=3e-5),
+  ),
+  mine=Mine(first=1, last=50),
+  warmup=Train(
+    steps=1000, batch=1024, negatives=7, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-5)
+  ),
+  cascade=Train(steps=600, batch=8192, negatives=7, chunk=8, optimizer=Optimizer(learning_rate=3e-5)),
+  evaluate=Evaluate(late_depth=1000, cross_depth=50),
+)

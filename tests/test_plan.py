@@ -1,0 +1,275 @@
+"""Reading the compiler: cycles, loops, collectives, memory; and planning a slice where libtpu is installed."""
+
+import dataclasses
+
+import jax
+import pytest
+from conftest import TINY, make_batch
+
+from ernie_jax import mesh, plan, step
+from ernie_jax.__main__ import main
+from ernie_jax.config import Architecture, Config, Data, Model, Train, UserError, Weights
+from ernie_jax.plan import Collective
+
+# Forms copied from what libtpu 0.0.42 and XLA's CPU compiler write, cut short.
+HLO = """HloModule jit_train_step, entry_computation_layout={()->f32[]}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%fused_part.1 (p: bf16[32,768]) -> bf16[512,768] {
+  ROOT %all-gather.1 = bf16[512,768]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, \
+replica_groups=mesh['axis_0'=16] {'axis_0'}, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+}
+
+%fused_part.2 (p: bf16[32,768]) -> bf16[512,768] {
+  ROOT %all-gather.2 = bf16[512,768]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, \
+replica_groups=mesh['axis_0'=16] {'axis_0'}, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+}
+
+%condition (s: (s32[], f32[4])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(11), metadata={op_name="while/cond/lt"}
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT
+}
+
+%body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %fusion.1 = bf16[512,768] fusion(%p), kind=kCustom, calls=%fused_part.1, backend_config={"estimated_cycles":"100"}
+  %all-reduce.1 = (f32[8,4]{1,0:T(8,128)}, bf16[2]{0}) all-reduce(%x, %y), channel_id=3, to_apply=%add
+}
+
+%inner_condition (s: s32[]) -> pred[] {
+  ROOT %lt = pred[] compare(%i, %j), direction=LT
+}
+
+%inner (s: s32[]) -> s32[] {
+  %fusion.2 = s32[] fusion(%s), calls=%add, backend_config={"estimated_cycles":"1"}
+}
+
+%wrapped (p: f32[8]) -> f32[2] {
+  ROOT %reduce-scatter.1 = f32[2]{0} reduce-scatter(%p), channel_id=4, dimensions={0}, to_apply=%add
+}
+
+%cheap (p: f32[]) -> f32[] {
+  %copy = f32[] copy(%p), backend_config={"estimated_cycles":"5"}
+}
+
+%dear (p: f32[]) -> f32[] {
+  %copy.2 = f32[] copy(%p), backend_config={"estimated_cycles":"50"}
+}
+
+ENTRY %main.1_spmd (param: f32[8]) -> f32[] {
+  %while.1 = (s32[], f32[4]) while(%tuple), condition=%condition, body=%body, metadata={op_name="while"}
+  %while.2 = s32[] while(%zero), condition=%inner_condition, body=%inner, \
+backend_config={"known_trip_count":{"n":"3"},"known_init_step":{"init":"0","step":"1"}}
+  %fusion.3 = bf16[512,768] fusion(%p), calls=%fused_part.2, backend_config={"estimated_cycles":"1000"}
+  %async = ((f32[8]), f32[2], u32[]) async-start(%param), calls=%wrapped
+  %done = f32[2] async-done(%async)
+  %ag = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%z), channel_id=5, dimensions={0}
+  %agd = f32[8,4]{1,0} all-gather-done(%ag)
+  %cp = (f32[16]{0}, f32[16]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%v), channel_id=6
+  %choice = f32[] conditional(%p, %a, %b), true_computation=%cheap, false_computation=%dear
+}
+"""
+
+
+def test_cycles_are_those_of_loops_times_their_turns_and_of_the_dearest_branch():
+  assert plan.total_cycles(*plan.computations(HLO)) == 11 * 100 + 3 * 1 + 1000 + 50
+
+
+def test_collectives_in_every_form():
+  found = plan.collectives(*plan.computations(HLO), chips=4)
+  assert sorted(found) == sorted(
+    [
+      Collective("all-reduce", 8 * 4 * 4 + 2 * 2, 11),
+      Collective("all-gather", 512 * 768 * 2, 1),  # in parts, of which the rarest runs once
+      Collective("all-gather", 8 * 4 * 4, 1),
+      Collective("reduce-scatter", 4 * 2 * 4, 1),
+      Collective("collective-permute", 16 * 4 + 4, 1),
+    ]
+  )
+
+
+@pytest.mark.parametrize(
+  ("shape", "size"),
+  [("f32[]", 4), ("pred[3]{0}", 3), ("(bf16[2,3], /*index=1*/u32[2]{0:S(4)})", 20), ("f8e4m3fn[8]", 8), ("s4[8]", 4)],
+)
+def test_bytes_of_a_shape(shape, size):
+  assert plan.size(shape) == size
+
+
+@pytest.mark.parametrize(
+  ("kind", "expected"),
+  [("all-reduce", 2 * 0.75), ("all-gather", 0.75), ("reduce-scatter", 0.75), ("all-to-all", 0.75)],
+)
+def test_a_ring_sends_what_the_others_lack(kind, expected):
+  assert plan.seconds(Collective(kind, 50, 2), 4, 100) == pytest.approx(expected)
+  assert plan.seconds(Collective("collective-permute", 50, 2), 4, 100) == 1
+
+
+@pytest.mark.parametrize(
+  ("message", "expected"),
+  [
+    ("Ran out of memory in memory space hbm. Used 25.06G of 15.75G hbm. Exceeded by 9.31G.", (25.06, 15.75)),
+    ("the total memory required for HLO temporaries (149.06G) exceeds available HBM (15.75G).", (149.06, 15.75)),
+  ],
+)
+def test_the_compilers_complaint_is_understood(message, expected):
+  assert plan.out_of_memory(f"RESOURCE_EXHAUSTED: {message}") == tuple(x * 2**30 for x in expected)
+
+
+def test_other_complaints_are_not_taken_for_memory():
+  assert plan.out_of_memory("INTERNAL: something else") is None
+
+
+@pytest.mark.parametrize(
+  "name", ["v5e", "v5e:", "v5e:4", "v5e:4x4x4", "v5e:32x32", "v5e:0x4", "v5e:3x4", "v5p:4x4", "v4:2x2x2", "x"]
+)
+def test_a_slice_that_no_tpu_has(name):
+  with pytest.raises(UserError, match="good ones are v5e:4x4"):
+    plan.slice_of(name)
+
+
+def test_the_slices_of_a_sweep_have_16_to_256_chips():
+  for name, family in plan.FAMILIES.items():
+    assert [plan.slice_of(f"{name}:{sides}") for sides in family.slices] == [16, 32, 64, 128, 256]
+
+
+def test_a_real_step_names_its_collectives():
+  """8 virtual devices: the gradient of every parameter is summed, and passage vectors are gathered."""
+  model, train = Model(late_width=8), Train(batch=8, negatives=2)
+  with jax.set_mesh(mesh.make()):
+    params = jax.eval_shape(lambda key: step.init_params(model, TINY, TINY, key), jax.random.key(0))
+    settings = Config(
+      data=Data(query_length=6, passage_length=9), model=dataclasses.replace(model, scratch=TINY), cascade=train
+    )
+    state, batch, key = plan.arguments(settings, train, mesh.make())
+    hlo = step.make_train_step(model, train).lower(state, batch, key).compile().as_text()
+  like = jax.tree.map(lambda x: x.shape[1:], make_batch(k=3))
+  assert jax.tree.map(lambda x: x.shape[1:], batch.replace(known=None)) == like.replace(known=None)
+  found = plan.collectives(*plan.computations(hlo), chips=8)
+  summed = sum(c.bytes * c.times for c in found if c.kind == "all-reduce")
+  gradient = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+  assert gradient <= summed < 2 * gradient  # the student may be summed once for queries and once for passages
+  assert any(c.kind == "all-gather" and c.bytes >= 24 * TINY.width * 4 for c in found)
+
+
+def test_bytes_held_count_one_share():
+  with jax.set_mesh(mesh.make()):
+    _, batch, _ = plan.arguments(Config(), Train(batch=64, negatives=1), mesh.make())
+  assert plan.held(batch.texts) == 64 * 2 * 4 / 8
+
+
+def test_a_plan_reads_no_checkpoint():
+  with pytest.raises(UserError, match=r"model\.scratch"):
+    plan.architectures(Model(start="a/b"))
+  with pytest.raises(UserError, match=r"model\.teacher_scratch"):
+    plan.architectures(Model(teacher_start="a/b"))
+  own = Architecture(width=512)
+  assert plan.architectures(Model()) == (Architecture(), Architecture())
+  assert plan.architectures(Model(teacher_scratch=own)) == (Architecture(), own)
+  assert plan.architectures(Model(start="a/b", scratch=own, teacher_scratch=Architecture())) == (own, own)
+
+
+def test_remedies_leave_out_what_is_in_use():
+  all_off = plan.remedies(Model(), Train(batch=8, negatives=1), "cascade")
+  assert "--model.remat True" in all_off
+  assert "--model.dtype bfloat16" in all_off
+  assert "remat" not in plan.remedies(Model(remat=True), Train(batch=8, negatives=1), "cascade")
+
+
+SMALL = Config(
+  data=Data(query_length=8, passage_length=16),
+  model=Model(scratch=dataclasses.replace(TINY, layers=1, dropout=0.0, attention_dropout=0.0), late_width=None),
+  cascade=Train(batch=16, negatives=1, weights=Weights.only(nll_de=1, nll_ce=1)),
+)
+
+
+def test_a_batch_that_does_not_divide():
+  with pytest.raises(UserError, match=r"batch=16: does not divide over 64 devices; use 64"):
+    plan.plan(SMALL, "cascade", "v5e:8x8")
+
+
+def test_without_the_compiler_one_line_says_what_to_install(monkeypatch, capsys):
+  monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(UserError, match=r"pip install -e .\[tpu\]"):
+    plan.devices("v5e:4x4")
+
+
+def made(name: str, cycles: int, batch: int = 16) -> plan.Plan:
+  train = dataclasses.replace(SMALL.cascade, batch=batch)
+  gather = Collective("all-gather", 16 * 10**9, 1)
+  return plan.Plan("cascade", name, plan.slice_of(name), train, {"parameters": 2**30}, 1e15, cycles, [gather])
+
+
+def test_the_table():
+  shown = made("v5e:4x4", 3 * 10**8)
+  text = plan.table(shown)
+  assert shown.computing == pytest.approx(0.2)
+  assert shown.communicating == pytest.approx(15 / 200)
+  assert shown.mfu == pytest.approx(1e15 / (0.275 * 16 * 197e12))
+  assert "not a measurement" in text
+  assert "1.00 GiB of 15.75: fits" in text
+  assert "all-gather" in text
+  assert "27.3% of the step" in text
+  assert f"{16 / 0.275:.0f} queries/s" in text
+  assert max(map(len, text.splitlines())) <= 120
+
+
+def test_a_sweep_holds_the_batch_of_a_chip(monkeypatch):
+  def fake(settings, stage, name):
+    if name == "v5e:8x8":
+      raise plan.DoesNotFit("v5e:8x8: the cascade step needs 20.00 of 15.75 GiB on each chip; try less")
+    return made(name, 3 * 10**8 if name == "v5e:4x4" else 6 * 10**8, settings.cascade.batch)
+
+  monkeypatch.setattr(plan, "plan", fake)
+  lines = list(plan.sweep(dataclasses.replace(SMALL), "cascade", "v5e:4x4"))
+  assert [line.split()[:3] for line in lines[1:]] == [
+    ["v5e:4x4", "16", "16"],
+    ["v5e:4x8", "32", "32"],
+    ["v5e:8x8", "64", "64"],
+    ["v5e:8x16", "128", "128"],
+    ["v5e:16x16", "256", "256"],
+  ]
+  assert lines[1].endswith("100.0%")
+  assert "does not fit: the cascade step needs 20.00 of 15.75 GiB on each chip" in lines[3]
+  assert float(lines[5].split()[-1].rstrip("%")) < 60
+
+
+def test_the_verb(monkeypatch, capsys, tmp_path):
+  file = tmp_path / "c.py"
+  file.write_text("from ernie_jax.config import Config\nconfig = Config()\n")
+  monkeypatch.setattr(plan, "plan", lambda settings, stage, name: made(name, 3 * 10**8, settings.cascade.batch))
+  assert main(["plan", str(file), "--topology", "v5e:4x4", "--cascade.batch", "32"]) == 0
+  assert "cascade step of 32 queries x 2 passages" in capsys.readouterr().out
+  assert main(["plan"]) == 2
+  assert "plan: name a configuration file first" in capsys.readouterr().err
+
+
+def test_a_small_step_on_sixteen_chips():
+  pytest.importorskip("libtpu")
+  told = plan.plan(SMALL, "cascade", "v5e:4x4")
+  assert told.cycles > 0
+  assert {c.kind for c in told.collectives} >= {"all-reduce"}
+  assert told.memory["optimizer state"] >= 2 * told.memory["parameters"] * 0.9
+  assert 0 < sum(told.memory.values()) < 2**30
+  assert "fits" in plan.table(told)
+
+
+def test_too_large_a_model_is_one_line():
+  pytest.importorskip("libtpu")
+  model = dataclasses.replace(SMALL.model, scratch=dataclasses.replace(SMALL.model.scratch, vocabulary=2**28))
+  with pytest.raises(plan.DoesNotFit, match=r"needs \d+.\d+ of 15.75 GiB on each chip"):
+    plan.plan(dataclasses.replace(SMALL, model=model), "cascade", "v5e:4x4")
+
+
+def test_a_slice_that_the_compiler_refuses(monkeypatch):
+  def refuse(**_):
+    raise RuntimeError("INVALID_ARGUMENT: no such layout")
+
+  monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: object())
+  monkeypatch.setattr(plan.topologies, "get_topology_desc", refuse)
+  for name in ("TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+    monkeypatch.setenv(name, "")
+  with pytest.raises(UserError, match="no such layout; good ones are"):
+    plan.devices("v5e:4x4")
