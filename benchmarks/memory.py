@@ -16,7 +16,7 @@ BASE = config.Architecture(vocabulary=30522, width=768, layers=12, heads=12, inn
 
 
 def temporaries(batch: int, chunk: int | None, pool: str) -> int:
-  """Bytes on the chip beside parameters, optimizer state and batch; what the compiler asks for where it does not fit."""
+  """Bytes on the chip beside parameters, optimizer state and batch; where they do not fit, what would be needed."""
   train = config.Train(steps=100, batch=batch, negatives=7, chunk=chunk, late_pool=pool)
   model = config.Model(scratch=BASE, dtype="bfloat16", remat=True)
   settings = config.Config(data=config.Data(query_length=32, passage_length=128), model=model)
