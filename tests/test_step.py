@@ -9,7 +9,7 @@ import processes
 import pytest
 from conftest import TINY, distance, make_batch
 
-from ernie_jax import config, mesh, step
+from ernie_jax import config, mesh, scores, step
 from ernie_jax.config import Optimizer, Train, Weights
 
 FULL = Train(steps=4, batch=8, negatives=2, late_pool="global", optimizer=Optimizer(learning_rate=1e-3))
@@ -73,6 +73,68 @@ def test_one_compilation_and_a_donated_state(tiny_params):
   assert int(state.step) == 3
   assert set(logs) == set(Weights().active) | {"total", "gradient_norm", "learning_rate", "skipped"}
   np.testing.assert_allclose(logs["total"], sum(logs[t] for t in Weights().active), rtol=1e-5)
+
+
+def test_a_step_without_a_finite_gradient_changes_nothing_but_its_number(tiny_params):
+  """Then training goes on as if that step had not been: the same moments, the same rate."""
+  model, params = tiny_params
+  train_step = step.make_train_step(model, FULL)
+  fresh = lambda: jax.tree.map(jnp.copy, step.init_state(params, model, FULL))
+  state, _ = train_step(fresh(), make_batch(), jax.random.key(0))
+  expected = jax.device_get(state)
+
+  def replaced(state, name, value):
+    return jax.tree.map(lambda n, x: value if n == name else jnp.copy(x), step.names(state), state)
+
+  bias = "params.teacher.head.bias"
+  spoilt = replaced(expected, bias, jnp.full((1,), jnp.nan))
+  spoilt, logs = train_step(spoilt, make_batch(1), jax.random.key(0))
+  assert int(logs["skipped"]) == 1
+  assert not np.isfinite(logs["nll_ce"])
+  assert not np.isfinite(logs["gradient_norm"])
+  assert np.isfinite(logs["nll_de"])
+  assert int(spoilt.step) == 2
+  healed = replaced(spoilt, bias, jnp.asarray(expected.params["teacher"].head.bias[...]))
+  assert distance(healed.params, expected.params) == 0
+  assert distance(healed.optimizer.inner_state, expected.optimizer.inner_state) == 0
+  again, logs = train_step(healed, make_batch(1), jax.random.key(0))
+  assert int(logs["skipped"]) == 0
+  np.testing.assert_allclose(logs["learning_rate"], step.schedule(1e-3, FULL)(1), rtol=1e-6)
+  assert distance(again.params, expected.params) > 1e-3
+
+
+def test_a_split_optimizer_makes_the_same_step_with_less_memory(tiny_params):
+  model, params = tiny_params
+  grid = mesh.make()
+  made, held = [], []
+  with jax.set_mesh(grid):
+    for shard in (False, True):
+      train = dataclasses.replace(FULL, optimizer=dataclasses.replace(FULL.optimizer, shard=shard))
+      state = step.init_state(jax.tree.map(jnp.copy, mesh.whole(params, grid)), model, train)
+      train_step = step.make_train_step(model, train)
+      for seed in range(2):
+        batch = mesh.shard(jax.tree.map(np.asarray, make_batch(seed)), grid)
+        state, logs = jax.block_until_ready(train_step(state, batch, jax.random.key(0)))
+      assert train_step._cache_size() == 1
+      made.append(jax.device_get((state.params, logs)))
+      held.append(sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.optimizer)))
+  assert distance(made[1][0], made[0][0]) < 1e-4
+  np.testing.assert_allclose(made[1][1]["gradient_norm"], made[0][1]["gradient_norm"], rtol=1e-5)
+  assert held[1] < held[0] / 4
+
+
+def test_bfloat16_terms_are_near_those_of_float32_and_all_but_products_is_float32(tiny_params, alone):
+  model, _ = tiny_params
+  half = dataclasses.replace(model, dtype="bfloat16")
+  tree = step.init_params(half, TINY, TINY, jax.random.key(0))
+  (_, terms), gradient = gradients(half, FULL, tree, make_batch(), jax.random.key(7))
+  assert all(
+    x.dtype == jnp.float32 for x in jax.tree.leaves((terms, gradient, step.init_state(tree, half, FULL).params))
+  )
+  found = jax.eval_shape(lambda p: scores.score(p, make_batch(), half, FULL, jax.random.key(7)), tree)
+  assert all(x.dtype in (jnp.float32, jnp.bool_) for x in jax.tree.leaves(found))
+  for name, value in terms.items():
+    np.testing.assert_allclose(value, alone[0][1][name], rtol=0.05, err_msg=name)
 
 
 def moved(model, train, params):
