@@ -38,9 +38,12 @@ config = Config(
     late_pool="global",
     optimizer=fast,
     checkpoint_every=10,
+    measure_every=20,
   ),
   mine=Mine(first=1, last=20),
   warmup=Train(steps=10, batch=8, negatives=2, weights=Weights.only(nll_ce=1), optimizer=fast, checkpoint_every=5),
   cascade=Train(steps=10, batch=8, negatives=2, temperature=temperature, optimizer=fast, checkpoint_every=5),
-  evaluate=Evaluate(late_depth=20, cross_depth=5, teacher_depth=5, teacher_queries=50),
+  evaluate=Evaluate(
+    late_depth=20, cross_depth=5, teacher_depth=5, teacher_queries=50, dev_queries=50, dev_passages=200
+  ),
 )

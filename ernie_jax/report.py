@@ -155,7 +155,7 @@ def _teacher(check: dict) -> str:
 
 
 def _curves(path: Path) -> str:
-  """Small multiples: the total, every term, then gradient norm and learning rate, against the step."""
+  """Small multiples: the total, every term, dev metrics, then gradient norm and learning rate, against the step."""
   if not path.is_file():
     return ""
   series: dict[str, list[tuple[float, float]]] = {"total": []}
@@ -170,6 +170,7 @@ def _curves(path: Path) -> str:
       raise UserError(f"{path}:{number}: no number under 'step': remove the line")
     steps.append(step)
     values = {"total": record.get("total"), **_dict(record.get("terms"))}
+    values |= {f"dev {name}": value for name, value in _dict(record.get("dev")).items()}
     values |= {key.replace("_", " "): record.get(key) for key in ("gradient_norm", "learning_rate")}
     for name, value in values.items():
       if isinstance(value, int | float):

@@ -38,6 +38,8 @@ class Stop:
   on the step.
   """
 
+  calls = 0  # of `after_step`, over all stages: the service wants numbers that grow, the same in every process
+
   def __init__(self):
     self.asked, self.before = 0, {}
 
@@ -58,11 +60,12 @@ class Stop:
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGTERM)
 
-  def at(self, number: int) -> int:
+  def after_step(self) -> int:
     """The signal that asks to stop after this step; 0 without one. The same answer in every process."""
     if jax.process_count() == 1:
       return self.asked
-    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(number) else 0
+    Stop.calls += 1
+    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(Stop.calls) else 0
 
   def __exit__(self, kind, value, trace) -> None:
     for number, handler in self.before.items():
@@ -150,7 +153,7 @@ def train(
           dev = measure(state.params)
           if best is None or dev[metric] > best["metrics"][metric]:
             best = {"step": number, "metrics": dev}
-        stopping = stop.at(number)  # read once: it may change at any moment
+        stopping = stop.after_step()  # read once: it may change at any moment
         if number % stage.checkpoint_every == 0 or due or stopping:
           checkpoints.save(state, iterator.get_state(), best)
         log.write(number, terms, speed, dev, time.monotonic() - start)
