@@ -9,6 +9,7 @@ empty folder on which a small disk is mounted (needs root): training until it is
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -43,34 +44,43 @@ def steps(output: Path, stage: str) -> int:
   return path.read_text().count("\n") if path.exists() else 0
 
 
-def saving(output: Path, stage: str) -> bool:
-  """Whether a checkpoint is being written: Orbax gives it a temporary name."""
+def writing(output: Path, stage: str) -> set[tuple[str, int]]:
+  """Checkpoints with a temporary name, which Orbax gives them until they are whole; and when each was begun."""
   folder = output / stage / "checkpoints"
-  return folder.exists() and any("tmp" in path.name for path in folder.iterdir())
+  found = set()
+  for path in folder.iterdir() if folder.exists() else ():
+    with contextlib.suppress(FileNotFoundError):  # renamed just now
+      found |= {(path.name, path.stat().st_ctime_ns)} if "tmp" in path.name else set()
+  return found
 
 
 def kill_at(moment: str, output: Path, place: Path, chance: random.Random) -> str:
-  """Runs until the moment, kills, and says how many steps were logged."""
+  """Runs until the moment, kills, and says what was done and what was going on."""
   stage = moment.removeprefix(SAVE)
   log = Path(f"{output}.log")
-  process = begin(output, place)
-  started = lambda: f"{stage}\n" in log.read_text()
+  left = writing(output, stage)  # by an earlier kill
   before = steps(output, stage)
-  while process.poll() is None and not started():
+  process = begin(output, place)
+  while process.poll() is None and f"{stage}\n" not in log.read_text():
     time.sleep(0.002)
   if moment.startswith(SAVE):
-    while process.poll() is None and not saving(output, stage):
+    while process.poll() is None and not writing(output, stage) - left:
       time.sleep(0.0005)
   else:
-    if stage in TRAINED:  # compilation is long: begin to count at the first new step
-      while process.poll() is None and steps(output, stage) <= before:
+    if stage in TRAINED:  # compilation is long: count from the first new step
+      while process.poll() is None and steps(output, stage) in (0, before):
         time.sleep(0.002)
     time.sleep(chance.uniform(0, {"evaluate": 2.0, "interaction": 2.0}.get(stage, 0.6)))
-  found = f"{steps(output, stage)} steps done" if stage in TRAINED else ""
-  writing = ", a checkpoint half-written" if stage in TRAINED and saving(output, stage) else ""
   process.kill()
   process.wait()
-  return found + writing if process.returncode == -9 else f"ended before it ({process.returncode})"
+  if process.returncode != -9:
+    return f"ended before it ({process.returncode})"
+  if stage not in TRAINED:
+    return "killed"
+  folder = output / stage / "checkpoints"
+  whole = max((int(p.name) for p in folder.iterdir() if p.name.isdigit()), default=0) if folder.exists() else 0
+  half = ", another half-written" if writing(output, stage) - left else ""
+  return f"{steps(output, stage)} steps logged, checkpoint of step {whole}{half}"
 
 
 def finish(output: Path, place: Path) -> None:
