@@ -113,6 +113,8 @@ def run(args: Sequence[str]) -> None:
   named, settings = named_config(args, "run", "configs/quickstart.py")
   output = Path("runs") / (Path(args[0]).stem if named else "NAME")
   chosen = parse(Run, "run CONFIG", args[named:], Run(output, settings, Hosts()))
+  import jax
+
   from ernie_jax import mesh
 
   mesh.join(chosen.hosts)  # before anything touches a device, as an import below does
@@ -122,6 +124,8 @@ def run(args: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, terminate)
   if not mesh.leads():
     progress.silence()
+  if chosen.hosts.multihost:
+    progress.say(f"{jax.process_count()} processes, {jax.device_count()} devices")
   for name in ("absl", "asyncio"):  # a save that fails in the background: the error itself is shown, once
     logging.getLogger(name).setLevel(logging.CRITICAL)
   results = recipe.run(chosen.config, chosen.output, chosen.fresh)

@@ -34,6 +34,9 @@ def join(hosts: Hosts) -> None:
     if (several := next((f"{name}={n}" for name, n in _launched() if n > 1), None)) is not None:
       raise UserError(f"{several}: a launcher started several processes, each would be a run; add --multihost")
     return
+  for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+    if not os.environ.get(name, "0").isdigit():
+      raise UserError(f"{name}={os.environ[name]}: is not a number; put right what the launcher sets")
   number = lambda own, name: own if own is not None else int(os.environ[name]) if name in os.environ else None
   coordinator = hosts.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
   processes, process = number(hosts.processes, "JAX_NUM_PROCESSES"), number(hosts.process, "JAX_PROCESS_ID")
@@ -54,8 +57,6 @@ def join(hosts: Hosts) -> None:
       f"--multihost: the processes did not find each other ({first_line(error)}); check --coordinator HOST:PORT, "
       "--processes N and --process I, or the launcher"
     ) from error
-  if jax.process_count() == 1:
-    raise UserError("--multihost: only one process is there; give --coordinator, --processes and --process")
 
 
 def _launched() -> Iterator[tuple[str, int]]:
