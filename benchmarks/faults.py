@@ -3,9 +3,10 @@
   python benchmarks/faults.py --folder /tmp/faults --rounds 3 [--disk MOUNT]
 
 Each round starts anew and is killed (SIGKILL) once at every moment of MOMENTS: after a random delay in each stage, and
-while a checkpoint is being written. Then it runs to its end. Prints one line a kill: steps that were done and are done
-again; and, a round, whether every logged loss and the model's bytes equal the uninterrupted run's. `--disk` names an
-empty folder on which a small disk is mounted (needs root): training until it is full, then with more room to the end.
+while a checkpoint is being written. Then it runs to its end. Prints one line a kill: the steps logged, and the newest
+whole checkpoint; and, a round, whether every logged loss and the model's bytes equal the uninterrupted run's. `--disk`
+names an empty folder on which a small disk is mounted (needs root): training until it is full, then with more room to
+the end.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def begin(output: Path, place: Path) -> subprocess.Popen:
   """Starts or continues the run; compiled programs are shared, so that a restart costs seconds."""
   command = [sys.executable, "-m", "ernie_jax", "run", "configs/tiny.py", "--output", str(output)]
   cache = {"JAX_COMPILATION_CACHE_DIR": str(place / "xla"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
-  with open(f"{output}.log", "w") as log:
+  with open(place / f"{output.name}.log", "w") as log:
     return subprocess.Popen(
       [*command, "--data.cache", str(place / "cache")], cwd=ROOT, env=os.environ | cache, stdout=log, stderr=log
     )
@@ -57,7 +58,7 @@ def writing(output: Path, stage: str) -> set[tuple[str, int]]:
 def kill_at(moment: str, output: Path, place: Path, chance: random.Random) -> str:
   """Runs until the moment, kills, and says what was done and what was going on."""
   stage = moment.removeprefix(SAVE)
-  log = Path(f"{output}.log")
+  log = place / f"{output.name}.log"
   left = writing(output, stage)  # by an earlier kill
   before = steps(output, stage)
   process = begin(output, place)
@@ -86,7 +87,7 @@ def kill_at(moment: str, output: Path, place: Path, chance: random.Random) -> st
 def finish(output: Path, place: Path) -> None:
   process = begin(output, place)
   if process.wait():
-    raise SystemExit(Path(f"{output}.log").read_text())
+    raise SystemExit((place / f"{output.name}.log").read_text())
 
 
 def result(output: Path) -> tuple[list, bytes, str]:
@@ -96,24 +97,29 @@ def result(output: Path) -> tuple[list, bytes, str]:
   return losses, (output / "model" / "model.safetensors").read_bytes(), (output / "metrics.json").read_text()
 
 
+def same(output: Path, expected: tuple[list, bytes, str]) -> bool:
+  return result(output) == expected
+
+
 def compare(output: Path, expected: tuple[list, bytes, str]) -> str:
   words = ("losses", "model", "metrics")
   found = zip(words, result(output), expected, strict=True)
   return ", ".join(f"{word} {'identical' if a == b else 'DIFFERENT'}" for word, a, b in found)
 
 
-def disk(mount: Path, place: Path, expected: tuple[list, bytes, str]) -> None:
+def disk(mount: Path, place: Path, expected: tuple[list, bytes, str]) -> bool:
   """A disk that is full in the middle of training, and then is not."""
   tmpfs = lambda options: subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(mount)], check=True)
   tmpfs("size=24m")
   try:
-    output = mount / "run"
+    output = mount / "full"
     code = begin(output, place).wait()
-    said = Path(f"{output}.log").read_text().splitlines()
-    print(f"full disk: exit code {code}: {said[-1] if said else 'nothing said'}")
+    said = (place / "full.log").read_text().splitlines()
+    print(f"full disk: exit code {code}: {said[-1]}")
     subprocess.run(["mount", "-o", "remount,size=300m", str(mount)], check=True)
     finish(output, place)
     print(f"with more room: {compare(output, expected)}")
+    return same(output, expected)
   finally:
     subprocess.run(["umount", str(mount)], check=True)
 
@@ -126,17 +132,26 @@ def main() -> None:
   parser.add_argument("--disk", type=Path)
   chosen = parser.parse_args()
   place, chance = chosen.folder.resolve(), random.Random(chosen.seed)
+  if place.exists() and any(place.iterdir()):
+    raise SystemExit(f"--folder {place}: holds files; name a new folder")
   place.mkdir(parents=True, exist_ok=True)
   finish(place / "whole", place)
   expected = result(place / "whole")
+  killed, good = 0, True
   for number in range(1, chosen.rounds + 1):
     output = place / f"round{number}"
     for moment in MOMENTS:
-      print(f"round {number}: killed in {moment}: {kill_at(moment, output, place, chance)}", flush=True)
+      said = kill_at(moment, output, place, chance)
+      killed += not said.startswith("ended")
+      print(f"round {number}: killed in {moment}: {said}", flush=True)
     finish(output, place)
+    good &= same(output, expected)
     print(f"round {number}: continued to the end: {compare(output, expected)}", flush=True)
   if chosen.disk:
-    disk(chosen.disk, place, expected)
+    good &= disk(chosen.disk, place, expected)
+  print(f"{killed} kills; " + ("every result identical" if good else "NOT all results identical"))
+  if not good or not killed:
+    raise SystemExit(1)
 
 
 if __name__ == "__main__":

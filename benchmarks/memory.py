@@ -10,7 +10,7 @@ import argparse
 
 import jax
 
-from ernie_jax import config, mesh, plan, step
+from ernie_jax import config, cost, mesh, plan, step
 
 BASE = config.Architecture(vocabulary=30522, width=768, layers=12, heads=12, inner=3072)
 
@@ -21,7 +21,7 @@ def temporaries(batch: int, chunk: int | None, pool: str) -> int:
   model = config.Model(scratch=BASE, dtype="bfloat16", remat=True)
   settings = config.Config(data=config.Data(query_length=32, passage_length=128), model=model)
   grid = mesh.make(plan.devices("v5e:2x2")[:1])
-  with jax.set_mesh(grid), plan.told(f"batch {batch}, chunk {chunk}, late_pool {pool}"):
+  with jax.set_mesh(grid), plan.telling(f"batch {batch}, chunk {chunk}, late_pool {pool}"):
     state, example, key = plan.arguments(settings, train, grid)
     try:
       compiled = step.make_train_step(model, train).lower(state, example, key).compile()
@@ -44,7 +44,7 @@ def main() -> None:
   for batch, chunk, pool in [*rows, (chosen.batches[0], None, chosen.pools[0])]:
     found = temporaries(batch, chunk, pool)
     base = first.setdefault(pool, found)
-    print(f"{batch:6} {batch * 8:8} {chunk!s:>6} {pool:>9} {found / plan.GIB:16.2f} {found / base:6.2f}", flush=True)
+    print(f"{batch:6} {batch * 8:8} {chunk!s:>6} {pool:>9} {found / cost.GIB:16.2f} {found / base:6.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ import runpy
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ernie_jax.config import Config, Hosts, UserError
+from ernie_jax.config import Config, Hosts, Interrupted, UserError
 
 T = TypeVar("T")
 
@@ -65,8 +66,6 @@ class Plan:
 
 def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) -> T:
   """Typed flags over a default; a wrong flag becomes one line."""
-  import tyro
-
   errors = io.StringIO()
   try:
     with contextlib.redirect_stderr(errors):
@@ -136,12 +135,8 @@ def run(args: Sequence[str]) -> None:
   print(f'next: ernie-jax search {chosen.output} "how do I pad an array with zeros"')
 
 
-class Terminated(KeyboardInterrupt):
-  signal = signal.SIGTERM
-
-
-def terminate(*_: Any) -> None:
-  raise Terminated
+def terminate(number: int, _: Any) -> None:
+  raise Interrupted("", number)
 
 
 def search(args: Sequence[str]) -> None:
@@ -180,7 +175,13 @@ def show(results: list[tuple[float, dict[str, str]]]) -> None:
 
 def main(args: Sequence[str] | None = None) -> int:
   """Runs a verb; 0 when it is done, 2 after a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
-  code = _main(args)
+  try:
+    code = _main(args)
+  except Exception:
+    if "jax" not in sys.modules or not sys.modules["jax"].distributed.is_initialized():
+      raise
+    traceback.print_exc()
+    code = 1
   if code and "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
     # The others may wait for this process at a point it will never reach: end now, which ends them too.
     sys.stdout.flush()

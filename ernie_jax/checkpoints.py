@@ -8,6 +8,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,10 @@ from ernie_jax import config, mesh, step
 from ernie_jax.config import UserError, first_line
 from ernie_jax.progress import say
 from ernie_jax.scores import Params
+
+
+class _Damage(Exception):
+  """A checkpoint that is not what was saved."""
 
 
 class Checkpoints:
@@ -37,6 +42,8 @@ class Checkpoints:
     directory.mkdir(parents=True, exist_ok=True)
     options = ocp.CheckpointManagerOptions(preservation_policy=self, create=False, cleanup_tmp_directories=True)
     self.manager = ocp.CheckpointManager(directory.resolve(), options=options)
+    # Orbax would ask JAX's service for SIGTERM too, with numbers of its own, which spoil those of `mesh.asked_to_stop`.
+    self.manager.reached_preemption = lambda step: False
 
   def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
     """Orbax's question."""
@@ -76,19 +83,24 @@ class Checkpoints:
   def newest(self, like: Any) -> tuple[Any, dict[str, Any], dict[str, Any] | None] | None:
     """State, position and best step of the newest intact checkpoint, the state arranged as `like`; None without any.
 
-    Damaged newer ones are passed over and deleted (saving goes on from the older). If all are damaged: `UserError`.
+    Damaged newer ones are passed over and set aside (saving goes on from the older). If all are damaged: `UserError`.
     """
     damage, damaged = "", []
     for number in sorted(self.manager.all_steps(), reverse=True):
       try:
         state, meta = self._read(number, like)
-      except Exception as error:  # damage surfaces as errors of many types, from JSON to the array store
-        damage = damage or f"step {number}: {first_line(error)}"
+      except _Damage as error:
+        damage = damage or f"step {number}: {error}"
         damaged.append(number)
         continue
       for broken in damaged:
-        say(f"  checkpoint {self.directory / str(broken)} is damaged: deleted, continuing from step {number}")
-        self.manager.delete(broken)
+        aside = self.directory / f"damaged-{broken}"
+        say(f"  checkpoint {self.directory / str(broken)} is damaged: now {aside.name}, continuing from step {number}")
+        if mesh.leads():
+          shutil.rmtree(aside, ignore_errors=True)
+          (self.directory / str(broken)).rename(aside)
+      mesh.wait("damaged checkpoints are aside")
+      self.manager.reload()
       self.best = meta["best"]["step"] if meta["best"] else -1
       return state, meta["position"], meta["best"]
     if damage:
@@ -100,13 +112,31 @@ class Checkpoints:
     self.manager.wait_until_finished()
     try:
       return self._read(number, like)[0]
-    except Exception as error:
+    except _Damage as error:
       raise UserError(
-        f"{self.directory}: step {number} cannot be read ({first_line(error)}); "
+        f"{self.directory}: step {number} cannot be read ({error}); "
         f"delete {self.directory.parent} to train the stage again"
       ) from error
 
   def _read(self, number: int, like: Any) -> tuple[Any, dict[str, Any]]:
+    """State and meta of a step; `_Damage` in every process if one cannot read it, or finds another content."""
+    found: Any = None
+    words = "another process cannot read it"
+    try:
+      found = self._restored(number, like)
+    except Exception as error:  # damage surfaces as errors of many types, from JSON to the array store
+      if "RESOURCE_EXHAUSTED" in str(error):
+        raise UserError(f"{self.directory}: step {number}: the memory is too small for it") from error
+      words = first_line(error)
+    if not mesh.every(found is not None):
+      raise _Damage(words)
+    arrays, meta = found
+    changed = [name for name, x in arrays.items() if checksum(x) != meta["crc32"].get(name)]
+    if not mesh.every(not changed):
+      raise _Damage(f"array {changed[0] if changed else 'in another process'} was changed after it was saved")
+    return jax.tree.map(lambda name: arrays[name], step.names(like)), meta
+
+  def _restored(self, number: int, like: Any) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     arrays = named(like)
     wanted = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for n, x in arrays.items()}
     args = self.ocp.args
@@ -116,10 +146,12 @@ class Checkpoints:
     meta = read["meta"]
     if meta.pop("own_crc32") != zlib.crc32(json.dumps(meta, sort_keys=True).encode()):
       raise ValueError("its position in the data was changed after it was saved")
-    changed = [name for name, x in read["state"].items() if checksum(x) != meta["crc32"][name]]
-    if changed:
-      raise ValueError(f"array {changed[0]} was changed after it was saved")
-    return jax.tree.map(lambda name: read["state"][name], step.names(like)), meta
+    return read["state"], meta
+
+
+def described(tree: Any) -> Any:
+  """The tree's shapes and shardings: enough to read a checkpoint, without the arrays' memory."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def named(tree: Any) -> dict[str, jax.Array]:

@@ -12,17 +12,35 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
   """Something the user can put right. Shown as one line; the command ends with exit code 2."""
 
 
+class Interrupted(KeyboardInterrupt):
+  """Ctrl-C or SIGTERM at a point where everything is saved. The command ends with exit code 128 + `signal`."""
+
+  def __init__(self, text: str, number: int):
+    super().__init__(text)
+    self.signal = number
+
+
 def first_line(error: Exception) -> str:
   """An error's first line, cut to 120 characters."""
   text = str(error).strip().splitlines() or [type(error).__name__]
   return text[0][:120]
+
+
+def check_choices(settings: Any, prefix: str) -> None:
+  """Checks every field of a dataclass whose type is a `Literal`: a file may say anything."""
+  for field, kind in get_type_hints(type(settings)).items():
+    if get_origin(kind) is Literal:
+      known = get_args(kind)
+      check(
+        getattr(settings, field) in known, prefix + field, getattr(settings, field), f"known are {', '.join(known)}"
+      )
 
 
 def check(condition: bool, field: str, value: Any, remedy: str) -> None:
@@ -66,7 +84,7 @@ class Data:
   passage_length: int = 128
 
   def __post_init__(self):
-    check(self.name in ("docstrings", "jsonl"), "data.name", self.name, "known data sets: docstrings, jsonl")
+    check_choices(self, "data.")
     check(
       bool(self.folder) == (self.name == "jsonl"),
       "data.folder",
@@ -102,6 +120,7 @@ class Architecture:
   special: tuple[int, ...] = ()  # ids of [CLS], [SEP], ...: filled in from the tokenizer
 
   def __post_init__(self):
+    check_choices(self, "architecture.")
     check(self.width % self.heads == 0, "architecture.heads", self.heads, f"must divide width={self.width}")
     check(self.layers >= 1, "architecture.layers", self.layers, "needs at least 1 layer")
     for field in ("dropout", "attention_dropout"):
@@ -123,11 +142,12 @@ class Model:
   share_encoder: bool = False  # the cross-encoder uses the student's encoder
   teacher_pooler: bool = True  # tanh pooler before the logit (ERNIE-Search); False: raw first token (RocketQAv2)
   dropout: float | None = None  # hidden and attention dropout; None: as the checkpoint says
-  dtype: Literal["float32", "bfloat16"] = "float32"  # of matrix products; parameters and losses stay float32
+  dtype: Literal["float32", "bfloat16"] = "float32"  # of what flows through the encoders; all else is float32
   scan: bool = True  # loop over layers in the compiled program; False unrolls it (faster on CPU, slower to compile)
   remat: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
   def __post_init__(self):
+    check_choices(self, "model.")
     check(self.late_width is None or self.late_width > 0, "model.late_width", self.late_width, "use 128 or None")
     check(self.dropout is None or 0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
     check(
@@ -243,6 +263,7 @@ class Train:
   measure_every: int = 0  # steps between measurements on dev; then the best measured student is the stage's result
 
   def __post_init__(self):
+    check_choices(self, "")
     for field in ("steps", "batch", "checkpoint_every", "keep"):
       check(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
     check(self.negatives >= 0, "negatives", self.negatives, "must be 0 or more")
@@ -305,6 +326,7 @@ class Evaluate:
   metric: Literal["MRR@10", "R@20", "nDCG@10", "R@100"] = "MRR@10"  # of the dual-encoder: which measured step is best
 
   def __post_init__(self):
+    check_choices(self, "evaluate.")
     for field in ("late_depth", "cross_depth", "teacher_depth", "teacher_queries", "dev_queries", "dev_passages"):
       check(getattr(self, field) >= 1, f"evaluate.{field}", getattr(self, field), "must be at least 1")
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import socket
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -49,6 +52,10 @@ def join(hosts: Hosts) -> None:
     raise UserError(f"--processes {processes}: one process needs no --multihost; leave it out")
   if process is not None and processes is not None and not 0 <= process < processes:
     raise UserError(f"--process {process}: must lie in 0..{processes - 1}, one for each process")
+  if coordinator is not None:
+    print(f"waiting for {processes} processes at {coordinator}, up to {WAIT} s", file=sys.stderr, flush=True)
+    if process:
+      _answers(coordinator)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of processes without an accelerator
   try:
     jax.distributed.initialize(coordinator, processes, process, initialization_timeout=WAIT)
@@ -57,6 +64,22 @@ def join(hosts: Hosts) -> None:
       f"--multihost: the processes did not find each other ({first_line(error)}); check --coordinator HOST:PORT, "
       "--processes N and --process I, or the launcher"
     ) from error
+
+
+def _answers(coordinator: str) -> None:
+  """`UserError` if nobody answers there: JAX itself would end the process with a stack dump."""
+  host, _, port = coordinator.rpartition(":")
+  end = time.monotonic() + WAIT
+  while True:
+    try:
+      socket.create_connection((host, int(port)), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > end:
+        raise UserError(
+          f"--coordinator {coordinator}: nobody answers there ({error}); is process 0 running, and the port open?"
+        ) from error
+      time.sleep(0.5)
 
 
 def _launched() -> Iterator[tuple[str, int]]:
@@ -91,6 +114,26 @@ def first(what: str) -> Iterator[None]:
 def told(answer: bool) -> bool:
   """Process 0's answer, the same in every process."""
   return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if jax.process_count() > 1 else answer
+
+
+def every(answer: bool) -> bool:
+  """Whether all processes say yes, the same in every process."""
+  return bool(multihost_utils.process_allgather(np.array(answer)).all()) if jax.process_count() > 1 else answer
+
+
+_asked = 0  # how often `asked_to_stop` was called: JAX's service wants numbers that grow, the same in every process
+
+
+def asked_to_stop() -> bool:
+  """Whether one of several processes got SIGTERM, which JAX holds then; the same answer in every process.
+
+  All processes must call it at the same points, between which they do the same work.
+  """
+  global _asked
+  if jax.process_count() == 1:
+    return False
+  _asked += 1
+  return multihost_utils.reached_preemption_sync_point(_asked)
 
 
 def agree(what: str, content: str) -> None:
@@ -131,7 +174,15 @@ def shard(tree: Any, mesh: Mesh) -> Any:
 
 def whole(tree: Any, mesh: Mesh) -> Any:
   """The tree's arrays, complete on every device: how parameters are held. Every host passes the same values."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))
+
+  def place(x):
+    everywhere = NamedSharding(mesh, P(*[None] * x.ndim))  # as jit writes it: P() alone would be compiled anew
+    if isinstance(x, jax.Array) and x.sharding == everywhere:
+      return x
+    own = np.asarray(x)  # not `device_put`: with several hosts it would send all values around, to compare them
+    return jax.make_array_from_callback(own.shape, everywhere, lambda index: own[index])
+
+  return jax.tree.map(place, tree)
 
 
 def size() -> int:

@@ -26,11 +26,11 @@ from jax.sharding import PartitionSpec as P
 
 from ernie_jax import config, cost, mesh, scores, step
 from ernie_jax.config import Config, UserError, check, first_line
+from ernie_jax.cost import GIB
 from ernie_jax.encoder import Rows
 from ernie_jax.progress import clock, say
 
 Stage = Literal["interaction", "warmup", "cascade"]
-GIB = 2**30
 
 
 class Family(NamedTuple):
@@ -318,7 +318,7 @@ def remedies(model: config.Model, train: config.Train, stage: str) -> str:
 
 
 @contextlib.contextmanager
-def told(label: str, every: float = 30.0) -> Iterator[None]:
+def telling(label: str, every: float = 30.0) -> Iterator[None]:
   """Says that it is still compiling, now and then: the compiler gives no sign for minutes."""
   done, begin = threading.Event(), time.monotonic()
 
@@ -346,7 +346,7 @@ def plan(settings: Config, stage: Stage, topology: str) -> Plan:
   longest = min(a.positions for a in shapes)
   check(settings.data.pair_length <= longest, "data.passage_length", settings.data.passage_length, "too long a pair")
   slice_mesh = mesh.make(devices(topology))
-  with jax.set_mesh(slice_mesh), told(f"{topology}, {stage}"):
+  with jax.set_mesh(slice_mesh), telling(f"{topology}, {stage}"):
     state, batch, key = arguments(settings, train, slice_mesh)
     jitted: Any = step.make_train_step(settings.model, train)
     lowered = jitted.lower(state, batch, key)

@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ from ernie_jax import (
   step,
   tokens,
 )
-from ernie_jax.config import Config, UserError
+from ernie_jax.config import Config, Interrupted, UserError
 from ernie_jax.progress import clock, say
 from ernie_jax.scores import Params, Student, Teacher
 from ernie_jax.train import finished, train
@@ -48,7 +49,10 @@ DEPTH = 100  # of the dual-encoder's run files
 
 @dataclasses.dataclass
 class Run:
-  """What the stages share. Row numbers count passages, and queries of each split, as the data set does."""
+  """What the stages share. Row numbers count passages, and queries of each split, as the data set does.
+
+  Parameters rest in the host's memory between their uses: a stage that trains needs the devices'.
+  """
 
   directory: Path
   config: Config
@@ -101,6 +105,11 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
   start = time.monotonic()
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(f"this is one of {jax.process_count()} hosts, each would be a run: add --multihost")
+  for name in TRAINED:  # now, not after hours
+    try:
+      step.divides(getattr(settings, name), jax.device_count())
+    except UserError as error:
+      raise UserError(f"{name}.{error}") from error
   mesh.agree("the command", json.dumps([str(directory), fresh, dataclasses.asdict(settings)]))
   lead("claim", lambda: claim(directory, settings, fresh))
   shared(directory)
@@ -215,9 +224,11 @@ def read(path: Path) -> dict[str, Any]:
 def once(directory: Path, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
   """The stage's manifest: from an earlier run, or made by doing the work."""
   done = directory / "manifest.json"
-  if mesh.told(done.is_file()):
+  if mesh.told(mesh.leads() and done.is_file()):
     say(f"{directory.name}: done before")
     return read(done)
+  if mesh.asked_to_stop():
+    raise Interrupted(f"before {directory.name}", signal.SIGTERM)
   say(f"{directory.name}")
   start = time.monotonic()
   result = work(folder(directory))
@@ -236,7 +247,7 @@ def prepare(directory: Path, settings: Config) -> Run:
     current, checkpoint_pair, shapes = sources(directory, settings)
   mesh.agree("the data, weights or tokenizer", json.dumps(read(directory / "prepare" / "manifest.json")["begun"]))
   params = step.init_params(settings.model, *shapes, jax.random.key(settings.seed))
-  current.params = mesh.whole(pretrained.assign(params, *checkpoint_pair), mesh.make())
+  current.params = jax.device_get(pretrained.assign(params, *checkpoint_pair))
   return current
 
 
@@ -375,7 +386,7 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
   """Trains a stage from the given parameters, or reads its result back."""
   stage: config.Train = getattr(current.config, name)
   place = current.directory / name
-  if mesh.told((place / "manifest.json").is_file()):
+  if mesh.told(mesh.leads() and (place / "manifest.json").is_file()):
     say(f"{name}: done before")
     return finished(place, params, current.config.model, stage, read(place / "manifest.json")["kept"])
   trained: list[Params] = []  # handed out of the stage
@@ -401,6 +412,7 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
       "negatives": stage.negatives,
       "kept": found.step,
       "best": found.best,
+      "skipped": found.skipped,
       "compilations": found.compilations,
     }
 
@@ -409,7 +421,10 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
 
 
 def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:
-  """Measures a student on the first dev queries, over their positives and some other passages drawn from the seed."""
+  """Measures a student on the first dev queries, over their positives and some other passages drawn from the seed.
+
+  Metrics of the dual-encoder, and as `late.MRR@10` and so on those of late interaction over its best passages.
+  """
   e, dev = current.config.evaluate, current.data.queries["dev"]
   some = np.arange(min(e.dev_queries, len(dev.ids)))
   needed = np.unique(np.concatenate([positives(current, "dev")[i] for i in some]))
@@ -420,10 +435,14 @@ def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:
   qrels = {name: current.data.qrels("dev")[name] for name in dev.ids[: len(some)]}
 
   def measure(params: Params) -> dict[str, float]:
-    q = current.encode(params, queries, "dev queries", late=False)
-    p = current.encode(params, passages, "passages", late=False)
+    q = current.encode(params, queries, "dev queries", late=True)
+    p = current.encode(params, passages, "passages", late=True)
     values, found = retrieval.top_k(q.vectors, p.vectors, DEPTH)
-    return evaluate.metrics(current.as_run("dev", values, chosen[found]), qrels)
+    best = found[:, : e.late_depth]
+    reranked = retrieval.reorder(chosen[best], retrieval.rerank_late(q, p, best))
+    late = evaluate.metrics(current.as_run("dev", *reranked), qrels)
+    dual = evaluate.metrics(current.as_run("dev", values, chosen[found]), qrels)
+    return dual | {f"late.{name}": x for name, x in late.items()}
 
   return measure
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ernie_jax import batches, checkpoints, config, mesh, scores
-from ernie_jax.config import UserError
+from ernie_jax.config import Interrupted, UserError
 from ernie_jax.encoder import Rows
 from ernie_jax.progress import Progress
 from ernie_jax.tokens import Store, Tokenizer, in_memory
@@ -57,6 +58,8 @@ def _each(
   mine = mesh.share(devices, size)
   with Progress(label, len(lengths), "texts") as bar:
     for members, edge in _batches(lengths, longest):
+      if mesh.asked_to_stop():
+        raise Interrupted(label, signal.SIGTERM)
       filled = np.resize(members, size)  # the last batch of a bucket is filled up by repeating texts
       rows = batches.rows([make(i) for i in filled[mine]], edge, tokenizer)
       result = jax.tree.map(np.asarray, apply(mesh.shard(rows, devices)))
@@ -91,7 +94,8 @@ def encode(
   width = model.late_width or student.encoder.architecture.width
   tokens = np.zeros((offsets[-1] if late else 0, width), np.float16)
   make = lambda i: [batches.cut(store[i], longest)]
-  apply = lambda rows: embed(student, rows, model, query, late)
+  held = mesh.whole(student, mesh.make())
+  apply = lambda rows: embed(held, rows, model, query, late)
   for members, _, result in _each(label, lengths, longest, make, tokenizer, apply):
     vectors[members] = result[0]
     if late:
@@ -161,7 +165,8 @@ def rerank_cross(
   lengths = cut_lengths(queries, data.query_length)[where] + cut_lengths(passages, data.passage_length)[flat] + 3
   values = np.zeros(len(flat), np.float32)
   make = lambda i: [left(i), right(i)]
-  apply = lambda rows: _cross(params, rows)
+  held = mesh.whole(params, mesh.make())
+  apply = lambda rows: _cross(held, rows)
   for members, _, result in _each("re-rank (cross-encoder)", lengths, data.pair_length, make, tokenizer, apply):
     values[members] = result
   return values.reshape(candidates.shape)

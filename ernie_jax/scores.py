@@ -165,7 +165,7 @@ def maxsim(
 TILE = 2**24  # token-to-token similarities that MaxSim over the pool holds at once, on each device
 
 
-def maxsim_pool(q: Embeddings, p: Embeddings, tile: int = TILE) -> Float[Array, "b p"]:
+def maxsim_pool(q: Embeddings, p: Embeddings) -> Float[Array, "b p"]:
   """Late-interaction scores of every query with every passage of the global batch, some passages at a time.
 
   Every turn gathers a few passages of each device. No [B, P, Lq, Lp] tensor exists and no device holds all token
@@ -175,12 +175,15 @@ def maxsim_pool(q: Embeddings, p: Embeddings, tile: int = TILE) -> Float[Array, 
   def local(_, q: Embeddings, p: Embeddings):
     devices, queries, passages = mesh.size(), len(q.mask), len(p.mask)
     each = queries * devices * q.mask.shape[1] * p.mask.shape[1]  # similarities for one passage of every device
-    turn = max(c for c in range(1, passages + 1) if passages % c == 0 and c * each <= max(tile, each))
+    turn = max(c for c in range(1, passages + 1) if passages % c == 0 and c * each <= max(TILE, each))
+
+    wide = q.tokens.astype(jnp.float32)  # so that its gradient is summed over the turns in float32
 
     @jax.checkpoint
     def one(own):
       tokens, mask = jax.tree.map(mesh.replicate, own)
-      similarity = jnp.einsum("bqd,cpd->bcqp", q.tokens, tokens, preferred_element_type=jnp.float32)
+      narrow = wide.astype(tokens.dtype)
+      similarity = jnp.einsum("bqd,cpd->bcqp", narrow, tokens, preferred_element_type=jnp.float32)
       return maxsim(similarity, q.mask[:, None], mask[None])
 
     turns = jax.tree.map(lambda x: x.reshape(-1, turn, *x.shape[1:]), (p.tokens, p.mask))
@@ -248,7 +251,9 @@ def towers(
 ) -> Towers:
   """Everything that goes through an encoder, for the queries at hand (`numbers`: their places in the global batch)."""
   weights, size = train.weights, len(batch.texts) // len(numbers)  # K
-  count = len(numbers) // (train.chunk or len(numbers))
+  chunk = train.chunk or len(numbers)
+  config.check(len(numbers) % chunk == 0, "chunk", chunk, f"does not divide {len(numbers)} queries of a device")
+  count = len(numbers) // chunk
   noise = lambda tower, rows: None if (own := seeds[tower]) is None else Noise(own, rows)
   lists = lambda numbers: (numbers[:, None] * size + jnp.arange(size, dtype=numbers.dtype)).ravel()
   student = params["student"]

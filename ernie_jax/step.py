@@ -139,8 +139,8 @@ def make_train_step(
   """The jitted step (state, batch, key) -> (state, logs); the given state is donated.
 
   `key` stays the same over a stage: the step folds in its own number, so a restored state continues the same noise.
-  Logs hold every term, `total`, `gradient_norm` (before clipping), `learning_rate`, and `skipped`: how many steps in a
-  row, up to this one, had a gradient that is not finite and so changed nothing.
+  Logs hold every term, `total`, `gradient_norm` (before clipping), `learning_rate`, and how many steps so far had a
+  gradient that is not finite and so changed nothing: `skipped`, and `skipped_in_a_row` up to this one.
   """
   optimizer = make_optimizer(model, train)
   rate = schedule(train.optimizer.learning_rate, train)
@@ -155,7 +155,8 @@ def make_train_step(
       "total": value,
       "gradient_norm": optax.tree.norm(gradient),
       "learning_rate": jnp.asarray(rate(state.step - state.optimizer.total_notfinite)),
-      "skipped": moments.notfinite_count,
+      "skipped": moments.total_notfinite,
+      "skipped_in_a_row": moments.notfinite_count,
     }
     params = jax.tree.map(mesh.replicate, optax.apply_updates(params, updates))
     return State(state.step + 1, params, moments), logs

@@ -14,21 +14,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from ernie_jax import batches, config, cost, mesh, step
-from ernie_jax.checkpoints import Checkpoints
-from ernie_jax.config import UserError
+from ernie_jax.checkpoints import Checkpoints, described
+from ernie_jax.config import Interrupted, UserError
 from ernie_jax.progress import Progress, say
 from ernie_jax.scores import Batch, Params
-
-
-class Interrupted(KeyboardInterrupt):
-  """Ctrl-C or SIGTERM during training: everything up to the last whole step is saved."""
-
-  def __init__(self, text: str, number: int):
-    super().__init__(text)
-    self.signal = number
 
 
 class Stop:
@@ -37,8 +28,6 @@ class Stop:
   With several processes one of them may be asked: JAX's coordination service, which holds SIGTERM then, lets all agree
   on the step.
   """
-
-  calls = 0  # of `after_step`, over all stages: the service wants numbers that grow, the same in every process
 
   def __init__(self):
     self.asked, self.before = 0, {}
@@ -64,8 +53,7 @@ class Stop:
     """The signal that asks to stop after this step; 0 without one. The same answer in every process."""
     if jax.process_count() == 1:
       return self.asked
-    Stop.calls += 1
-    return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(Stop.calls) else 0
+    return signal.SIGTERM if mesh.asked_to_stop() else 0
 
   def __exit__(self, kind, value, trace) -> None:
     for number, handler in self.before.items():
@@ -76,10 +64,11 @@ class Stop:
 class Trained:
   """What a stage hands on."""
 
-  params: Params
+  params: Params  # in the host's memory: the next stage needs the devices'
   step: int  # whose parameters these are: the last, or the best measured
   compilations: int
   best: dict[str, Any] | None  # the best measured step and its metrics
+  skipped: int  # steps without a finite gradient, up to `step`
 
 
 def train(
@@ -105,10 +94,9 @@ def train(
   step.divides(stage, grid.devices.size)
   iterator = batches.batches(texts, data, stage, seed, mesh.share(grid, stage.batch))
   key = jax.random.fold_in(jax.random.key(seed), 0x7EA)  # not the key that made the parameters
-  # The step donates its state: train on a copy, so that the caller's parameters stay valid.
-  state = step.init_state(jax.tree.map(jax.numpy.copy, params), model, stage)
-  train_step: Any = step.make_train_step(model, stage)
   work = cost.flops(*shapes(params), model, stage, data)
+  state = step.init_state(mesh.whole(jax.tree.map(np.array, params), grid), model, stage)  # a copy: the step donates it
+  train_step: Any = step.make_train_step(model, stage)
   best: dict[str, Any] | None = None
 
   with Checkpoints(directory / "checkpoints", stage.keep) as checkpoints, Stop() as stop:
@@ -135,10 +123,10 @@ def train(
             f"{directory.name}: the device's memory is too small for batch={stage.batch}; set chunk (queries "
             "encoded at once), or model.remat"
           ) from error
-        if terms["skipped"]:
+        if terms["skipped_in_a_row"]:
           spoilt = [name for name in sorted(stage.weights.active) if not math.isfinite(terms[name])]
           what = ", ".join(spoilt) or "the gradient of a finite loss"
-          if terms["skipped"] >= step.MOST_SKIPPED:
+          if terms["skipped_in_a_row"] >= step.MOST_SKIPPED:
             raise UserError(
               f"{directory.name}, step {number}: {what} is not finite, {step.MOST_SKIPPED} steps in a row; "
               "lower optimizer.learning_rate"
@@ -149,27 +137,36 @@ def train(
         # ---- Measure, save, log, stop.
         dev = {}
         due = number == stage.steps or (stage.measure_every and number % stage.measure_every == 0)
+        stopping = 0
         if measure is not None and stage.measure_every and due:
-          dev = measure(state.params)
-          if best is None or dev[metric] > best["metrics"][metric]:
+          try:
+            dev = measure(state.params)
+          except Interrupted as asked:  # the measurement belongs to this step: once more, then stop
+            dev, stopping = measure(state.params), asked.signal
+          if mesh.told(best is None or dev[metric] > best["metrics"][metric]):
             best = {"step": number, "metrics": dev}
-        stopping = stop.after_step()  # read once: it may change at any moment
+        log.write(number, terms, speed, dev, time.monotonic() - start)
+        stopping = stop.after_step() or stopping  # read once: it may change at any moment
         if number % stage.checkpoint_every == 0 or due or stopping:
           checkpoints.save(state, iterator.get_state(), best)
-        log.write(number, terms, speed, dev, time.monotonic() - start)
         bar.advance(1, f"loss {terms['total']:.3f}" + (f", {metric} {dev[metric]:.3f}" if dev else ""))
         if stopping:
           raise Interrupted(f"{directory.name}: stopped and saved after step {number}", stopping)
     kept = stage.steps if best is None else best["step"]
-    result = state.params if kept == stage.steps else checkpoints.at(kept, state).params
-  return Trained(result, kept, train_step._cache_size(), best)
+    if kept != stage.steps:
+      like = described(state)
+      del state
+      state = checkpoints.at(kept, like)
+    result = jax.device_get(state.params)
+    skipped = int(state.optimizer.total_notfinite)
+  return Trained(result, kept, train_step._cache_size(), best, skipped)
 
 
 def finished(directory: Path, params: Params, model: config.Model, stage: config.Train, kept: int) -> Params:
   """The parameters that a finished stage handed on, those after step `kept`, arranged as `params`."""
-  like = step.init_state(params, model, stage)
+  like = described(step.init_state(mesh.whole(params, mesh.make()), model, stage))
   with Checkpoints(directory / "checkpoints", stage.keep) as checkpoints:
-    return checkpoints.at(kept, like).params
+    return jax.device_get(checkpoints.at(kept, like).params)
 
 
 def shapes(params: Params) -> tuple[config.Architecture, config.Architecture]:

@@ -5,6 +5,7 @@
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 usage "$@"
+[[ " $* " != *" --fresh "* ]] || fail "launch: --fresh would start anew at every restart; name a new --output instead"
 [ -n "${IMAGE:-}" ] || fail "launch: set IMAGE to the image that was built with launch/Dockerfile and pushed"
 [[ " $*" == *" --output"[\ =]/runs/* ]] || fail "launch: --output must be in /runs, the volume that all hosts share"
 args="[$(printf '%s\n' run "$@" --multihost | sed 's/[\\"]/\\&/g; s/.*/"&"/' | paste -s -d , -)]"

@@ -17,6 +17,7 @@ set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"  # in a job, BASH_SOURCE is Slurm's copy of this file
 . launch/environment.sh
 usage "$@"
+[[ " $* " != *" --fresh "* ]] || fail "launch: --fresh would start anew at every restart; name a new --output instead"
 install "[cuda]"
 # One process drives all GPUs of its host. JAX must be told: under Slurm it assumes one process for each GPU.
 devices=$(seq -s, 0 $((${SLURM_GPUS_ON_NODE:-8} - 1)))

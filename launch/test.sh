@@ -6,4 +6,4 @@ install "[test]"
 run ruff check
 run ruff format --check
 run mypy
-run python -m pytest -n 2 --dist loadfile --cov --cov-report=term "$@"
+run python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term "$@"

@@ -1,10 +1,20 @@
 """Eight virtual CPU devices for the tests of the mesh; every annotated shape checked in every call."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: leave out LLVM's optimisation, which halves their time.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+# Many tests compile the same program: in one process or another, the first compiles it and the others read it.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  cache = tempfile.mkdtemp(prefix="ernie-jax-tests-")
+  atexit.register(shutil.rmtree, cache, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = cache
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 
@@ -63,6 +73,14 @@ def make_batch(seed: int = 0, b: int = 8, k: int = 3, lq: int = 6, lp: int = 9, 
     known=known,
   )
   return jax.tree.map(jax.numpy.asarray, batch)
+
+
+SLOW = ("test_recipe", "test_train", "test_step", "test_checkpoints")
+
+
+def pytest_collection_modifyitems(items):
+  """The slowest files first: with a file to a worker, one that comes last would run alone."""
+  items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
 @pytest.fixture(scope="session")

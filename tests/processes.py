@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ernie_jax import checkpoints, config, mesh, step
+from ernie_jax import checkpoints, config, mesh, scores, step
 from ernie_jax import train as loop
 
 COUNT = 2
@@ -38,15 +38,20 @@ def run(name: str, folder: Path, **arguments: Any) -> Any:
     subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for i in range(COUNT)
   ]
-  said = [child.communicate()[0] for child in children]
+  try:
+    said = [child.communicate(timeout=200)[0] for child in children]
+  finally:
+    for child in children:
+      child.kill()
   assert all(child.returncode == 0 for child in children), "\n".join(said)
   return pickle.loads((folder / "result.pickle").read_bytes())
 
 
-def gradients(model, train):
+def gradients(model, train, tile):
   """Loss, terms and gradients of the tests' batch, of which each process holds its share."""
   import conftest
 
+  scores.TILE = tile
   params = step.init_params(model, conftest.TINY, conftest.TINY, jax.random.key(0))
   grid = mesh.make()
   with jax.set_mesh(grid):
@@ -63,7 +68,7 @@ def at(state, number):
 
 
 def checkpoint(work, directory, devices=COUNT):
-  """Saves or loads step 3 of the tests' state on some devices, the optimizer's state split over them."""
+  """Saves steps 2 and 3 of the tests' state, or loads the newest, on some devices; the optimizer's state is split."""
   import conftest
 
   stage = dataclasses.replace(STAGE, optimizer=config.Optimizer(shard=True))
@@ -72,7 +77,8 @@ def checkpoint(work, directory, devices=COUNT):
     params = step.init_params(MODEL, conftest.TINY, conftest.TINY, jax.random.key(0))
     state = step.init_state(mesh.whole(params, grid), MODEL, stage)
     if work == "save":
-      manager.save(jax.jit(lambda s: at(s, 3))(state), {"next_index": 3})
+      for number in (2, 3):
+        manager.save(jax.jit(at, static_argnums=1)(state, number), {"next_index": number})
       return None
     found = manager.newest(state)[0]
     spread = [x for x in jax.tree.leaves(found.optimizer) if not x.sharding.is_fully_replicated]
@@ -81,8 +87,15 @@ def checkpoint(work, directory, devices=COUNT):
 
 
 def train(directory, stop, texts, params, model, data, stage):
-  """Trains a stage; at step `stop` process 1 alone gets SIGTERM. What was logged, where it stopped, the parameters."""
+  """Trains a stage; at step `stop` process 1 alone gets SIGTERM. What was logged, where it stopped, the parameters.
+
+  Before, another stage with many saves: neither its steps nor its saves may disturb what is agreed in this one.
+  """
   grid = mesh.make()
+  if stop:
+    before = dataclasses.replace(stage, checkpoint_every=1)
+    with jax.set_mesh(grid):
+      loop.train(directory.with_name("before"), params, texts, model, data, before, 5)
   real, calls = mesh.shard, []
 
   def shard(*arguments):
@@ -95,8 +108,8 @@ def train(directory, stop, texts, params, model, data, stage):
   loop.mesh.shard = shard
   with jax.set_mesh(grid):
     try:
-      found = loop.train(directory, mesh.whole(params, grid), texts, model, data, stage, 5)
-    except loop.Interrupted as stopped:
+      found = loop.train(directory, params, texts, model, data, stage, 5)
+    except config.Interrupted as stopped:
       return str(stopped), stopped.signal
     return jax.device_get(found.params), found.step
 

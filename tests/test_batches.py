@@ -86,6 +86,25 @@ def test_a_restored_position_gives_the_very_next_batch(texts):
       np.testing.assert_array_equal(x, y)
 
 
+def test_hosts_make_their_own_rows_of_one_global_batch_and_may_change_in_number(texts):
+  """Rows of two hosts, also where the mesh does not give a host neighbouring rows, together are one host's batch."""
+  whole = batches.batches(texts, DATA, TRAIN, 0)
+  take(whole, 3)
+  position = whole.get_state()
+  expected = take(whole, 2)
+  lists = 1 + TRAIN.negatives
+  for shares in (np.split(np.arange(TRAIN.batch), 2), (np.arange(0, TRAIN.batch, 2), np.arange(1, TRAIN.batch, 2))):
+    for rows in shares:
+      host = batches.batches(texts, DATA, TRAIN, 0, rows)
+      host.set_state(position)
+      for own, batch in zip(take(host, 2), expected, strict=True):
+        passages = (rows[:, None] * lists + np.arange(lists)).ravel()
+        np.testing.assert_array_equal(own.queries.tokens, batch.queries.tokens[rows])
+        np.testing.assert_array_equal(own.known, batch.known[rows])
+        np.testing.assert_array_equal(own.texts, batch.texts[passages])
+        np.testing.assert_array_equal(own.pairs.tokens, batch.pairs.tokens[passages])
+
+
 def test_no_known_positive_and_no_copy_of_one_is_a_negative(texts):
   for seed in range(40):
     for query in range(23):

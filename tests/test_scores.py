@@ -42,7 +42,8 @@ def test_a_masked_token_does_not_beat_a_negative_similarity():
   np.testing.assert_allclose(got, -0.5)
 
 
-def test_pool_maxsim_equals_own_maxsim_and_so_does_its_gradient(tiny_params):
+def test_pool_maxsim_equals_own_maxsim_and_so_does_its_gradient(tiny_params, monkeypatch):
+  monkeypatch.setattr(scores, "TILE", 5 * 8 * 6 * 9)  # 4 of the 24 passages at a time
   model, params = tiny_params
   batch = make_batch()
   b, k = batch.known.shape[0], 3
@@ -50,7 +51,7 @@ def test_pool_maxsim_equals_own_maxsim_and_so_does_its_gradient(tiny_params):
   def both(student):
     q = scores.embed(student, model, batch.queries, None, query=True)
     p = scores.embed(student, model, batch.passages, None, query=False)
-    chunked = scores.maxsim_pool(q, p, tile=5 * 8 * 6 * 9)  # 4 of the 24 passages at a time
+    chunked = scores.maxsim_pool(q, p)
     whole = scores.maxsim(
       jnp.einsum("bqd,npd->bnqp", q.tokens, p.tokens, preferred_element_type=jnp.float32),
       q.mask[:, None],
@@ -66,6 +67,21 @@ def test_pool_maxsim_equals_own_maxsim_and_so_does_its_gradient(tiny_params):
     params["student"]
   )
   assert distance(*gradients) < 1e-5
+
+
+def test_in_bfloat16_the_queries_gradient_does_not_depend_on_the_number_of_turns(monkeypatch):
+  """It is summed over the turns: in bfloat16, hundreds of turns would lose digits."""
+  rng = np.random.default_rng(0)
+  tokens = lambda *size: scores.unit(jnp.asarray(rng.normal(size=(*size, 16)), jnp.float32)).astype(jnp.bfloat16)
+  q = scores.Embeddings(jnp.zeros((4, 1)), jnp.ones((4, 6), bool), tokens(4, 6))
+  p = scores.Embeddings(jnp.zeros((512, 1)), jnp.ones((512, 9), bool), tokens(512, 9))
+  weight = jnp.asarray(rng.normal(size=(4, 512)), jnp.float32)
+  found = []
+  for turn in (512, 1):
+    monkeypatch.setattr(scores, "TILE", turn * 4 * 6 * 9)
+    loss = lambda x: (scores.maxsim_pool(dataclasses.replace(q, tokens=x), p) * weight).sum()
+    found.append(np.asarray(jax.jit(jax.grad(loss))(q.tokens), np.float32))
+  assert distance(found[1], found[0]) < 0.01
 
 
 def test_dual_scores_are_dot_products_of_first_tokens(tiny_params):

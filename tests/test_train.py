@@ -14,7 +14,7 @@ from conftest import TINY, distance
 
 from ernie_jax import batches, config, mesh, step, tokens
 from ernie_jax import train as loop
-from ernie_jax.config import Optimizer, Train, UserError
+from ernie_jax.config import Interrupted, Optimizer, Train, UserError
 
 DATA = config.Data(query_length=8, passage_length=10)
 MODEL = config.Model(late_width=8, dropout=0.1)
@@ -26,6 +26,8 @@ STAGE = Train(
   optimizer=Optimizer(learning_rate=1e-3),
   checkpoint_every=2,
 )
+
+LIGHT = dataclasses.replace(STAGE, weights=config.Weights.only(nll_ce=1, nll_de=1))  # where the terms do not matter
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +86,7 @@ def test_tensorboard_has_terms_weights_rate_and_speed(whole):
   board = EventAccumulator(str(whole[0] / "tensorboard"))
   board.Reload()
   names = {f"train/{t}" for t in STAGE.weights.active} | {f"weight/{t}" for t in STAGE.weights.active}
-  names |= {f"train/{name}" for name in ("total", "gradient_norm", "learning_rate", "skipped")}
+  names |= {f"train/{name}" for name in ("total", "gradient_norm", "learning_rate", "skipped", "skipped_in_a_row")}
   names |= {f"speed/{name}" for name in ("queries_per_second", "tokens_per_second", "real_tokens")}
   assert set(board.Tags()["scalars"]) == names
   assert [e.step for e in board.Scalars("train/total")] == [1, 2, 3, 4]
@@ -118,7 +120,7 @@ def test_stopped_and_continued_equals_uninterrupted_bit_for_bit(whole, params, t
     return real(*arguments)
 
   monkeypatch.setattr(loop.mesh, "shard", interrupt)
-  with pytest.raises(loop.Interrupted, match="after step 1") as stopped:
+  with pytest.raises(Interrupted, match="after step 1") as stopped:
     run(tmp_path, params, texts)
   assert stopped.value.signal == number
   assert [number for number, *_ in logged(tmp_path)] == [1]
@@ -153,7 +155,7 @@ def test_the_given_parameters_stay(whole, params):
 
 def test_the_best_measured_step_is_the_result_also_after_an_interruption(params, texts, tmp_path):
   """Measured at steps 2, 4, 6: step 2 is the best, and outlives newer checkpoints; ties go to the earlier step."""
-  stage = dataclasses.replace(STAGE, steps=6, measure_every=2, keep=1)
+  stage = dataclasses.replace(LIGHT, steps=6, measure_every=2, keep=1)
   values, seen = iter([0.5, 0.3, 0.5]), {}
 
   def measure(params):
@@ -162,7 +164,7 @@ def test_the_best_measured_step_is_the_result_also_after_an_interruption(params,
       os.kill(os.getpid(), signal.SIGTERM)
     return {"MRR@10": next(values)}
 
-  with pytest.raises(loop.Interrupted, match="after step 4"):
+  with pytest.raises(Interrupted, match="after step 4"):
     run(tmp_path, params, texts, stage, measure)
   found = run(tmp_path, params, texts, stage, measure)
   assert (found.step, found.best) == (2, {"step": 2, "metrics": {"MRR@10": 0.5}})
@@ -210,17 +212,18 @@ def test_a_batch_that_does_not_divide_is_refused_with_good_sizes(params, texts, 
     run(tmp_path, params, texts, dataclasses.replace(STAGE, batch=batch, chunk=chunk))
 
 
-def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_they_continue(whole, params, texts, tmp_path):
+def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_they_continue(params, texts, tmp_path):
   """Then the two end where one process with 8 devices does."""
-  directory, expected = whole
-  settings = {"texts": texts, "params": jax.device_get(params), "model": MODEL, "data": DATA, "stage": STAGE}
+  directory = tmp_path / "one"
+  expected = run(directory, params, texts, LIGHT)
+  settings = {"texts": texts, "params": jax.device_get(params), "model": MODEL, "data": DATA, "stage": LIGHT}
   text, number = processes.run("train", tmp_path, directory=tmp_path / "run", stop=2, **settings)
   assert number == signal.SIGTERM
   stopped = int(text.split()[-1])
-  assert 2 <= stopped < STAGE.steps
+  assert 2 <= stopped < LIGHT.steps
   assert [number for number, *_ in logged(tmp_path / "run")] == list(range(1, stopped + 1))
   got, last = processes.run("train", tmp_path, directory=tmp_path / "run", stop=0, **settings)
-  assert last == STAGE.steps
+  assert last == LIGHT.steps
   np.testing.assert_allclose([x for *_, x in logged(tmp_path / "run")], [x for *_, x in logged(directory)], 1e-5)
   names = jax.tree.leaves(step.names(got))
   for name, x, y in zip(names, jax.tree.leaves(got), jax.tree.leaves(expected.params), strict=True):
@@ -228,13 +231,31 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_they_continu
       assert distance(x, y) < 1e-4, name
 
 
+def test_sigterm_while_measuring_finishes_the_measurement(params, texts, tmp_path):
+  """With several processes it arrives inside of the measurement, as an exception."""
+  stage = dataclasses.replace(LIGHT, measure_every=2)
+  calls = []
+
+  def measure(params):
+    calls.append(1)
+    if len(calls) == 1:
+      raise Interrupted("encode", signal.SIGTERM)
+    return {"MRR@10": 0.5}
+
+  with pytest.raises(Interrupted, match="stopped and saved after step 2") as stopped:
+    run(tmp_path, params, texts, stage, measure)
+  assert stopped.value.signal == signal.SIGTERM
+  assert run(tmp_path, params, texts, stage, measure).best == {"step": 2, "metrics": {"MRR@10": 0.5}}
+  assert len(calls) == 3
+
+
 def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(params, texts, tmp_path):
   """The file size limit stands in for the disk's end: writing fails in the same places, in a real process."""
   import resource
 
-  stage = dataclasses.replace(STAGE, steps=2)
+  stage = dataclasses.replace(LIGHT, steps=2)
   before = run(tmp_path, params, texts, stage)
-  longer = dataclasses.replace(STAGE, steps=6)
+  longer = dataclasses.replace(LIGHT, steps=6)
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
   try:
