@@ -27,7 +27,7 @@ COMMANDS = {
   "quickstart": [*VENV, f"{PIP} .", f"ernie-jax run configs/quickstart.py {SHOWN}"],
   "test": [
     *(*VENV, f"{PIP} '.[test]'", "ruff check", "ruff format --check", "mypy"),
-    f"python -m pytest -n 2 --dist loadfile --cov --cov-report=term {SHOWN}",
+    f"python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term {SHOWN}",
   ],
   "gpu": [*VENV, f"{PIP} '.[cuda]'", f"env CUDA_VISIBLE_DEVICES=0 ernie-jax run {SHOWN}"],
   "gpus": [*VENV, f"{PIP} '.[cuda]'", f"ernie-jax run {SHOWN}"],
@@ -128,6 +128,8 @@ def test_dry_run(checkout, script):
   [
     *((name, [], f"usage: launch/{name}.sh [--dry-run] CONFIG --output DIR ...") for name in list(COMMANDS)[2:]),
     ("gpu", ["--output", "runs/a"], "usage: "),
+    ("slurm", ["configs/tiny.py", "--output", "a", "--fresh"], "launch: --fresh would start anew at every restart"),
+    ("gke", ["configs/tiny.py", "--output", "/runs/a", "--fresh"], "launch: --fresh would start anew"),
     ("gpus", ["configs/tiny.py", "--outputs", "runs/a"], "usage: "),
     ("tpu_pod", ARGS, "set TPU_NAME and TPU_ZONE"),
     ("gke", ARGS, "set IMAGE"),
