@@ -64,13 +64,14 @@ def kill_at(moment: str, output: Path, place: Path, chance: random.Random) -> st
   process = begin(output, place)
   while process.poll() is None and f"{stage}\n" not in log.read_text():
     time.sleep(0.002)
+  if stage in TRAINED:  # compilation is long: count from the first new step
+    while process.poll() is None and steps(output, stage) in (0, before):
+      time.sleep(0.0005)
   if moment.startswith(SAVE):
+    left = writing(output, stage)  # what an earlier kill left is gone by now
     while process.poll() is None and not writing(output, stage) - left:
       time.sleep(0.0005)
   else:
-    if stage in TRAINED:  # compilation is long: count from the first new step
-      while process.poll() is None and steps(output, stage) in (0, before):
-        time.sleep(0.002)
     time.sleep(chance.uniform(0, {"evaluate": 2.0, "interaction": 2.0}.get(stage, 0.6)))
   process.kill()
   process.wait()

@@ -80,10 +80,14 @@ class Checkpoints:
     if not saved:
       raise RuntimeError(f"{self.directory}: step {int(state.step)} was not saved: a newer one is there")
 
-  def newest(self, like: Any) -> tuple[Any, dict[str, Any], dict[str, Any] | None] | None:
-    """State, position and best step of the newest intact checkpoint, the state arranged as `like`; None without any.
+  def any(self) -> bool:
+    """Whether there is a checkpoint, whole or damaged."""
+    return mesh.told(bool(self.manager.all_steps()))
 
-    Damaged newer ones are passed over and set aside (saving goes on from the older). If all are damaged: `UserError`.
+  def newest(self, like: Any) -> tuple[Any, dict[str, Any], dict[str, Any] | None]:
+    """State, position and best step of the newest intact checkpoint, the state arranged as `like`.
+
+    Damaged newer ones are passed over and set aside (saving goes on from the older). `UserError` if none is intact.
     """
     damage, damaged = "", []
     for number in sorted(self.manager.all_steps(), reverse=True):
@@ -103,9 +107,7 @@ class Checkpoints:
       self.manager.reload()
       self.best = meta["best"]["step"] if meta["best"] else -1
       return state, meta["position"], meta["best"]
-    if damage:
-      raise UserError(f"{self.directory}: no intact checkpoint ({damage}); delete this folder to train the stage again")
-    return None
+    raise UserError(f"{self.directory}: no intact checkpoint ({damage}); delete this folder to train the stage again")
 
   def at(self, number: int, like: Any) -> Any:
     """The state of exactly this step, such as a finished stage's result; `UserError` if it is missing or damaged."""

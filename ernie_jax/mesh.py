@@ -53,7 +53,7 @@ def join(hosts: Hosts) -> None:
   if process is not None and processes is not None and not 0 <= process < processes:
     raise UserError(f"--process {process}: must lie in 0..{processes - 1}, one for each process")
   if coordinator is not None:
-    print(f"waiting for {processes} processes at {coordinator}, up to {WAIT} s", file=sys.stderr, flush=True)
+    print(f"joining the other processes at {coordinator}, for up to {WAIT} s", file=sys.stderr, flush=True)
     if process:
       _answers(coordinator)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of processes without an accelerator
@@ -141,8 +141,8 @@ def agree(what: str, content: str) -> None:
   if jax.process_count() == 1:
     return
   own = np.frombuffer(hashlib.sha256(content.encode()).digest(), np.uint8)
-  every = np.asarray(multihost_utils.process_allgather(own))
-  if other := [i for i, digest in enumerate(every) if not np.array_equal(digest, every[0])]:
+  digests = np.asarray(multihost_utils.process_allgather(own))
+  if other := [i for i, digest in enumerate(digests) if not np.array_equal(digest, digests[0])]:
     raise UserError(f"{what} of process {other[0]} is not that of process 0; start all processes with the same command")
 
 

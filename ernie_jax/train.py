@@ -95,13 +95,14 @@ def train(
   iterator = batches.batches(texts, data, stage, seed, mesh.share(grid, stage.batch))
   key = jax.random.fold_in(jax.random.key(seed), 0x7EA)  # not the key that made the parameters
   work = cost.flops(*shapes(params), model, stage, data)
-  state = step.init_state(mesh.whole(jax.tree.map(np.array, params), grid), model, stage)  # a copy: the step donates it
+  state: Any = step.init_state(mesh.whole(jax.tree.map(np.array, params), grid), model, stage)  # a copy, to be donated
   train_step: Any = step.make_train_step(model, stage)
   best: dict[str, Any] | None = None
 
   with Checkpoints(directory / "checkpoints", stage.keep) as checkpoints, Stop() as stop:
-    if (found := checkpoints.newest(state)) is not None:
-      state, position, best = found
+    if checkpoints.any():
+      like, state = described(state), None  # there is room for one state only
+      state, position, best = checkpoints.newest(like)
       iterator.set_state(position)
     done = int(state.step)
     if 0 < done < stage.steps:

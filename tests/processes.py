@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ernie_jax import checkpoints, config, mesh, scores, step
-from ernie_jax import train as loop
+from ernie_jax import config, mesh, scores, step  # the data stack where it is used: it may not be installed
 
 COUNT = 2
 MODEL = config.Model(late_width=8)
@@ -71,6 +70,8 @@ def checkpoint(work, directory, devices=COUNT):
   """Saves steps 2 and 3 of the tests' state, or loads the newest, on some devices; the optimizer's state is split."""
   import conftest
 
+  from ernie_jax import checkpoints
+
   stage = dataclasses.replace(STAGE, optimizer=config.Optimizer(shard=True))
   grid = mesh.make(jax.devices()[:devices])
   with jax.set_mesh(grid), checkpoints.Checkpoints(directory) as manager:
@@ -91,6 +92,8 @@ def train(directory, stop, texts, params, model, data, stage):
 
   Before, another stage with many saves: neither its steps nor its saves may disturb what is agreed in this one.
   """
+  from ernie_jax import train as loop
+
   grid = mesh.make()
   if stop:
     before = dataclasses.replace(stage, checkpoint_every=1)

@@ -34,8 +34,7 @@ def save(directory, state, *numbers):
 
 def newest(directory, state):
   with Checkpoints(directory) as manager:
-    found = manager.newest(state)
-    return found and found[:2]
+    return manager.newest(state)[:2]
 
 
 def test_a_state_comes_back_bit_for_bit_with_its_position(state, tmp_path):
@@ -47,8 +46,12 @@ def test_a_state_comes_back_bit_for_bit_with_its_position(state, tmp_path):
     assert same(manager.at(1, state), at(state, 1))
 
 
-def test_nothing_saved_is_none(state, tmp_path):
-  assert newest(tmp_path / "c", state) is None
+def test_nothing_saved_is_nothing_there(state, tmp_path):
+  with Checkpoints(tmp_path / "c") as manager:
+    assert not manager.any()
+  save(tmp_path / "c", state, 1)
+  with Checkpoints(tmp_path / "c") as manager:
+    assert manager.any()
 
 
 def test_only_the_newest_are_kept(state, tmp_path):
