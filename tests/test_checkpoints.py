@@ -131,16 +131,6 @@ def test_a_checkpoint_restores_on_other_devices_and_hosts(state, tmp_path, write
   assert same(found, at(state, 3))
 
 
-def test_two_processes_fall_back_together_when_one_cannot_read_its_part(state, tmp_path):
-  """Optimizer state split over both; the largest file of process 1's part of the newest step is cut."""
-  processes.run("checkpoint", tmp_path, work="save", directory=tmp_path / "c")
-  parts = [p for p in (tmp_path / "c" / "3").rglob("*") if "process_1" in str(p) and p.is_file()]
-  largest = max(parts, key=lambda p: p.stat().st_size)
-  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-  assert same(processes.run("checkpoint", tmp_path, work="load", directory=tmp_path / "c"), at(state, 2))
-  assert (tmp_path / "c" / "damaged-3").is_dir()
-
-
 def damage(directory, how):
   """Damages the newest step's largest array file, or its metadata."""
   folder = max((p for p in directory.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
