@@ -41,7 +41,7 @@ class Noise:
   """Where dropout's randomness comes from: a place in the step (seed) and the row's number in the global batch.
 
   A row's noise depends on nothing else, so it is the same in any chunk, on any device and on any host. JAX's own
-  generators number the elements of the array at hand; one key per row would give the same and costs several times more.
+  generators number the elements of the array at hand.
   """
 
   seeds: UInt32[Array, "*site 2"]
