@@ -10,6 +10,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   one jitted training step              step.py
   FLOPs, chips, utilisation             cost.py
   progress of long jobs                 progress.py
+  columns on disk                       columns.py
   texts, queries, judgements            datasets/
   tokenizer and token store             tokens.py
   lists, hard negatives, batches        batches.py

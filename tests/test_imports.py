@@ -15,6 +15,7 @@ ORDER = [
   "step",
   "cost",
   "progress",
+  "columns",
   "datasets",
   "tokens",
   "batches",
