@@ -150,7 +150,7 @@ class Lookup:
     rows = np.full(len(strings), -1, np.int64)
     first, last = (np.searchsorted(self.hashes, wanted, side) for side in ("left", "right"))
     for i in np.flatnonzero(last > first):
-      for row in self.order[first[i] : last[i]]:  # more than one only where hashes collide
-        if self.strings[int(row)] == strings[i]:
+      for row in self.order[first[i] : last[i]].tolist():  # more than one only where hashes collide
+        if self.strings[row] == strings[i]:
           rows[i] = row
     return rows
