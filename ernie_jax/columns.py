@@ -149,7 +149,7 @@ class Lookup:
     wanted = np.fromiter(map(number, strings), np.uint64, len(strings))
     rows = np.full(len(strings), -1, np.int64)
     first, last = (np.searchsorted(self.hashes, wanted, side) for side in ("left", "right"))
-    for i in np.flatnonzero(last > first):
+    for i in np.flatnonzero(last > first).tolist():
       for row in self.order[first[i] : last[i]].tolist():  # more than one only where hashes collide
         if self.strings[row] == strings[i]:
           rows[i] = row
