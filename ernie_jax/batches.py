@@ -1,54 +1,165 @@
-"""Examples as integers into a token store; Grain shuffles them and gathers fixed-shape batches."""
+"""Examples as integers into a token store, drawn with Grain, and batches of fixed shape gathered from them.
+
+Packed (`data.pack`), a row holds several texts: a device's part of a batch, or a chunk of it, is a unit with a fixed
+number of rows. An example that does not fit its unit waits for the next one, and is first in line there.
+"""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ernie_jax import config
+from ernie_jax.columns import Ragged
+from ernie_jax.config import UserError
 from ernie_jax.encoder import Rows
 from ernie_jax.scores import Batch
-from ernie_jax.tokens import Store, Tokenizer
+from ernie_jax.tokens import Tokenizer
+
+MARGIN = 0.02  # packed rows beyond what a unit needs on average
+SIMULATED = 4096  # passages whose lengths tell what a unit needs
 
 
-def rows(parts: Sequence[Sequence[np.ndarray]], length: int, tokenizer: Tokenizer) -> Rows:
-  """One text a row, numpy [N, length]: [CLS] part [SEP] part [SEP] ..., the second part of type 1.
+def rows(
+  parts: Sequence[Sequence[np.ndarray]],
+  length: int,
+  tokenizer: Tokenizer,
+  *,
+  marker: int | None = None,
+  augment: int = 0,
+  places: np.ndarray | None = None,
+  units: int = 1,
+  count: int = 0,
+  longest: int = 0,
+) -> Rows:
+  """Texts as [CLS] part [SEP] part [SEP] ..., the second part of type 1; numpy [rows, length]. Padding has segment 0.
 
-  Parts must fit: cut them first (`cut`). Padding has segment 0.
+  Parts must fit: cut them first. `marker` is a token after [CLS]; texts are filled up with [MASK] to `augment` tokens,
+  which read the text and are not read. Without `places`, each text is a row. Packed, `places` [N] says where each
+  begins in the rows of its unit laid end to end: N texts are `units` units of `count` rows.
   """
-  tokens: Any = np.full((len(parts), length), tokenizer.pad, np.int32)
-  types: Any = np.zeros((len(parts), length), np.int32)
-  segments: Any = np.zeros((len(parts), length), np.int32)
-  for row, texts in enumerate(parts):
-    tokens[row, 0] = tokenizer.cls
-    end = 1
-    for kind, text in enumerate(texts):
-      start, end = end, end + len(text) + 1
-      tokens[row, start : end - 1] = text
-      tokens[row, end - 1] = tokenizer.sep
-      types[row, start:end] = kind
-    segments[row, :end] = 1
-  positions: Any = np.where(segments > 0, np.arange(length, dtype=np.int32), 0)
-  return Rows(tokens, segments, positions, types)
+  n, lead = len(parts), 1 if marker is None else 2
+  each = n // units
+  if places is None:
+    begins, numbers, total = np.arange(n) * length, np.ones(n, np.int32), n
+  else:
+    begins, total = places + np.arange(n) // each * count * length, units * count
+    numbers = np.arange(n, dtype=np.int32) % each + 1
+  tokens, segments, positions, types = (np.zeros(total * length, np.int32) for _ in range(4))
+  tokens[:] = tokenizer.pad
+  tokens[begins] = tokenizer.cls
+  if marker is not None:
+    tokens[begins + 1] = marker
+  end = np.full(n, lead)
+  for kind, part in enumerate(zip(*parts, strict=True)):
+    sizes = np.fromiter(map(len, part), np.int64, n)
+    tokens[ranges(begins + end, sizes)] = np.concatenate(part)
+    tokens[begins + end + sizes] = tokenizer.sep
+    if kind:
+      types[ranges(begins + end, sizes + 1)] = kind
+    end += sizes + 1
+  filled = ranges(begins, end)
+  segments[filled] = np.repeat(numbers, end)
+  if augment:
+    masks = ranges(begins + end, augment - end)
+    tokens[masks] = tokenizer.mask
+    segments[masks] = -np.repeat(numbers, augment - end)
+    end = np.full(n, augment)
+    filled = ranges(begins, end)
+  positions[filled] = ranges(np.zeros(n, np.int64), end)
+  packed: Any = {} if places is None else {"starts": places.astype(np.int32), "unit": each, "longest": longest}
+  laid: dict[str, Any] = {"tokens": tokens, "segments": segments, "positions": positions, "types": types}
+  return Rows(**{name: x.reshape(total, length) for name, x in laid.items()}, **packed, lead=lead)
 
 
-def cut(text: np.ndarray, length: int) -> np.ndarray:
-  """The text's first tokens, so that it fits `length` with [CLS] and [SEP]."""
-  return text[: length - 2]
+def ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+  """begins[0], begins[0] + 1, ... (sizes[0] numbers), begins[1], ..."""
+  return np.repeat(begins - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+
+
+def first_fit(sizes: np.ndarray, length: int, count: int) -> np.ndarray | None:
+  """[n] where each text begins in `count` rows laid end to end: the longest first, each in the first row with room.
+
+  None if they do not all fit.
+  """
+  if sizes.sum() > length * count:
+    return None
+  free = np.full(count, length)
+  places = np.empty(len(sizes), np.int64)
+  for i in np.argsort(-sizes, kind="stable").tolist():
+    size = sizes[i]
+    row = (free >= size).argmax()
+    if free[row] < size:
+      return None
+    places[i] = row * length + length - free[row]
+    free[row] -= size
+  return places
+
+
+class Template:
+  """How texts become rows of tokens, for a tokenizer and the lengths and options of `config.Data`."""
+
+  def __init__(self, tokenizer: Tokenizer, data: config.Data):
+    self.tokenizer, self.data = tokenizer, data
+    self.markers = tokenizer.markers() if data.markers else (None, None)
+    self.around = 3 if data.markers else 2  # [CLS], marker, [SEP]
+
+  def query(self, tokens: np.ndarray) -> np.ndarray:
+    return tokens[: self.data.query_length - self.around]
+
+  def passage(self, tokens: np.ndarray) -> tuple[np.ndarray, ...]:
+    """A passage's parts: its tokens, or title and text apart."""
+    tokens = tokens[: self.data.passage_length - self.around]
+    if self.data.template == "bert":
+      return (tokens,)
+    apart = np.flatnonzero(tokens == self.tokenizer.sep)
+    title = int(apart[0]) if len(apart) else len(tokens) - 1  # cut within the title: its last token gives way to [SEP]
+    return tokens[:title], tokens[title + 1 :]
+
+  def query_sizes(self, tokens: np.ndarray) -> np.ndarray:
+    """How long rows of queries are, from their numbers of tokens."""
+    if self.data.augment:
+      return np.full(len(tokens), self.data.query_length)
+    return np.minimum(tokens + self.around, self.data.query_length)
+
+  def passage_sizes(self, tokens: np.ndarray) -> np.ndarray:
+    return np.minimum(tokens + self.around, self.data.passage_length)
+
+  def pair_sizes(self, queries: np.ndarray, passages: np.ndarray) -> np.ndarray:
+    """From the numbers of tokens of both."""
+    query = np.minimum(queries, self.data.query_length - self.around)
+    apart = 0 if self.data.template == "bert" else 1  # no [SEP] between title and text in a pair
+    return query + np.minimum(passages, self.data.passage_length - self.around) + 3 - apart
+
+  def queries(self, parts: Sequence[np.ndarray], length: int, **layout: Any) -> Rows:
+    """Rows of queries that were cut."""
+    augment = self.data.query_length if self.data.augment else 0
+    return rows([(part,) for part in parts], length, self.tokenizer, marker=self.markers[0], augment=augment, **layout)
+
+  def passages(self, parts: Sequence[tuple[np.ndarray, ...]], length: int, **layout: Any) -> Rows:
+    return rows(parts, length, self.tokenizer, marker=self.markers[1], **layout)
+
+  def pairs(self, queries: Sequence[np.ndarray], passages: Sequence[tuple[np.ndarray, ...]], length: int, **layout):
+    """Rows [CLS] query [SEP] passage [SEP] for the cross-encoder."""
+    joined = [(q, p[0] if len(p) == 1 else np.concatenate(p)) for q, p in zip(queries, passages)]
+    return rows(joined, length, self.tokenizer, **layout)
 
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
   """Everything that a batch is gathered from. Row numbers count queries and passages as the stores do."""
 
-  queries: Store
-  passages: Store
+  queries: Ragged
+  passages: Ragged
   identity: np.ndarray  # [passages] the first row with the same text: equal texts are one
-  positives: list[np.ndarray]  # of each query: rows of its known positives
-  negatives: list[np.ndarray]  # of each query: rows of its hard negatives, best first; may be empty
+  positives: Ragged  # of each query: rows of its known positives
+  negatives: Ragged  # of each query: rows of its hard negatives, best first; may be empty
   tokenizer: Tokenizer
 
 
@@ -64,7 +175,7 @@ def choose(texts: Texts, query: int, negatives: int, rng: np.random.Generator) -
   No known positive and no passage of a known positive's text is ever among the negatives.
   """
   known = set(texts.identity[texts.positives[query]].tolist())
-  hard = [row for row in texts.negatives[query] if int(texts.identity[row]) not in known]
+  hard = [row for row in texts.negatives[query].tolist() if int(texts.identity[row]) not in known]
   chosen = rng.permutation(hard)[:negatives].tolist() if hard else []
   while len(chosen) < negatives:
     row = int(rng.integers(len(texts.passages)))
@@ -73,51 +184,149 @@ def choose(texts: Texts, query: int, negatives: int, rng: np.random.Generator) -
   return np.array([rng.choice(texts.positives[query]), *chosen], np.int32)
 
 
-def gather(chosen: Sequence[tuple[int, np.ndarray]], texts: Texts, data: config.Data, known: int) -> Batch:
-  """The batch (numpy) of some (query row, passage rows [K]); `known` is the width m of the positives' table."""
-  queries = [cut(texts.queries[query], data.query_length) for query, _ in chosen]
-  passages = [cut(texts.passages[row], data.passage_length) for _, own in chosen for row in own]
-  size = len(passages) // len(queries)
-  table: Any = np.full((len(chosen), known), -1, np.int32)
-  for row, (query, _) in enumerate(chosen):
-    mine = texts.identity[texts.positives[query]]
+TOWERS = ("queries", "passages", "pairs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The shape of batches: queries of a unit (1 without packing); by tower, rows of a unit and tokens of a row."""
+
+  unit: int
+  count: dict[str, int]
+  length: dict[str, int]
+  packed: bool
+
+  def rows(self, batch: int) -> dict[str, tuple[int, int]]:
+    """Rows of a global batch, and their tokens, by tower."""
+    return {tower: (self.count[tower] * batch // self.unit, self.length[tower]) for tower in TOWERS}
+
+
+def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | None = None) -> Layout:
+  """How batches are laid out over so many devices; packed, as the lengths of `texts` ask for (None: all the longest).
+
+  A unit is what a device encodes at once: its part of the batch, or a chunk. To have the same examples in a batch on
+  any number of devices with packing, set `train.chunk`.
+  """
+  unit, lists = 1 if data.pack is None else train.chunk or train.batch // devices, 1 + train.negatives
+  longest = {"queries": data.query_length, "passages": data.passage_length, "pairs": data.pair_length}
+  number = {"queries": unit, "passages": unit * lists, "pairs": unit * lists}
+  if data.pack is None:
+    return Layout(unit, number, longest, False)
+  length = {tower: max(data.pack, longest[tower]) for tower in TOWERS}
+  if texts is None:
+    count = {tower: -(-number[tower] // (length[tower] // longest[tower])) for tower in TOWERS}
+    return Layout(unit, count, length, True)
+  rng = np.random.default_rng(0)
+  size = sizes(texts, data)
+  turns = max(4, SIMULATED // number["passages"])
+  needed: dict[str, list[int]] = {tower: [] for tower in TOWERS}
+  largest: dict[str, np.ndarray] = {}
+  for _ in range(turns):
+    drawn = [
+      size(q, choose(texts, q, train.negatives, rng)) for q in rng.integers(len(texts.queries), size=unit).tolist()
+    ]
+    for tower in TOWERS:
+      together = np.concatenate([own[tower] for own in drawn])
+      needed[tower].append(_rows_needed(together, length[tower]))
+  for tower in TOWERS:
+    largest[tower] = np.full(number[tower] // unit, longest[tower])
+  count = {
+    tower: max(math.ceil(np.mean(needed[tower]) * (1 + MARGIN)), _rows_needed(largest[tower], length[tower]))
+    for tower in TOWERS
+  }
+  return Layout(unit, count, length, True)
+
+
+def _rows_needed(sizes: np.ndarray, length: int) -> int:
+  places = first_fit(sizes, length, len(sizes))
+  assert places is not None  # a row for each would do
+  return int(places.max()) // length + 1
+
+
+def sizes(texts: Texts, data: config.Data) -> Callable[[int, np.ndarray], dict[str, np.ndarray]]:
+  """A function: tokens that an example (query row, passage rows) takes in each tower."""
+  template = Template(texts.tokenizer, data)
+  queries, passages = texts.queries.offsets, texts.passages.offsets
+
+  def size(query: int, own: np.ndarray) -> dict[str, np.ndarray]:
+    asked = np.array([queries[query + 1] - queries[query]])
+    found = passages[own + 1] - passages[own]
+    return {
+      "queries": template.query_sizes(asked),
+      "passages": template.passage_sizes(found),
+      "pairs": template.pair_sizes(asked, found),
+    }
+
+  return size
+
+
+@dataclasses.dataclass
+class Example:
+  """A query with its list, as drawn."""
+
+  number: int  # in the endless order of examples
+  query: int
+  passages: np.ndarray  # [K]
+  sizes: dict[str, np.ndarray]  # tokens, by tower
+
+
+@dataclasses.dataclass
+class Unit:
+  """Examples that are encoded together, and where their texts begin (None: a row for each)."""
+
+  examples: list[Example]
+  places: dict[str, np.ndarray] | None
+
+
+def gather(units: Sequence[Unit], texts: Texts, data: config.Data, shape: Layout, known: int) -> Batch:
+  """The batch (numpy) of some units; `known` is the width m of the table of positives."""
+  template = Template(texts.tokenizer, data)
+  examples = [example for unit in units for example in unit.examples]
+  queries = [template.query(texts.queries[e.query]) for e in examples]
+  passages = [template.passage(texts.passages[row]) for e in examples for row in e.passages.tolist()]
+  lists = len(passages) // len(queries)
+  table: Any = np.full((len(examples), known), -1, np.int32)
+  for row, example in enumerate(examples):
+    mine = texts.identity[texts.positives[example.query]]
     table[row, : len(mine)] = mine
+
+  def placed(tower: str, longest: int) -> dict[str, Any]:
+    if not shape.packed:
+      return {"length": shape.length[tower]}
+    places = np.concatenate([unit.places[tower] for unit in units if unit.places is not None])
+    return {
+      "length": shape.length[tower],
+      "places": places,
+      "units": len(units),
+      "count": shape.count[tower],
+      "longest": longest,
+    }
+
+  repeated = list(itertools.chain.from_iterable(itertools.repeat(q, lists) for q in queries))
   return Batch(
-    queries=rows([[q] for q in queries], data.query_length, texts.tokenizer),
-    passages=rows([[p] for p in passages], data.passage_length, texts.tokenizer),
-    pairs=rows([[queries[i // size], p] for i, p in enumerate(passages)], data.pair_length, texts.tokenizer),
-    texts=texts.identity[np.concatenate([own for _, own in chosen])],
+    queries=template.queries(queries, **placed("queries", data.query_length)),
+    passages=template.passages(passages, **placed("passages", data.passage_length)),
+    pairs=template.pairs(repeated, passages, **placed("pairs", data.pair_length)),
+    texts=texts.identity[np.concatenate([e.passages for e in examples])],
     known=table,
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Share:
-  """Of every `size` elements of a sequence, those at `rows`."""
-
-  whole: Any
-  size: int
-  rows: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.whole) // self.size * len(self.rows)
-
-  def __getitem__(self, i: int) -> Any:
-    turn, place = divmod(i, len(self.rows))
-    return self.whole[turn * self.size + int(self.rows[place])]
-
-
-def batches(texts: Texts, data: config.Data, train: config.Train, seed: int, rows: np.ndarray | None = None) -> Any:
+def batches(
+  texts: Texts, data: config.Data, train: config.Train, seed: int, shape: Layout, rows: np.ndarray | None = None
+) -> Any:
   """An endless Grain iterator of `Batch`es: each query once an epoch, in an order drawn from the seed.
 
   `rows` are the places in the global batch that this host makes (`mesh.share`); by default all. Which queries and
-  passages stand at a place depends on neither hosts nor devices. `get_state()` and `set_state(...)` continue at the
-  very next batch, with any number of hosts. Epochs follow one another without a ragged batch.
+  passages stand at a place depends on neither hosts nor devices (packed: only on `shape.unit`). `get_state()` and
+  `set_state(...)` continue at the very next batch, with any number of hosts. Epochs follow one another without a ragged
+  batch.
   """
   import grain
 
-  known = max(len(p) for p in texts.positives)
-  rows = np.arange(train.batch) if rows is None else rows
+  known = int(texts.positives.lengths.max())
+  size = sizes(texts, data)
+  mine = (np.arange(train.batch) if rows is None else rows)[:: shape.unit] // shape.unit
   examples = (
     grain.MapDataset.range(len(texts.queries))
     .seed(seed)
@@ -125,8 +334,66 @@ def batches(texts: Texts, data: config.Data, train: config.Train, seed: int, row
     .repeat()
     .random_map(lambda query, rng: (int(query), choose(texts, int(query), train.negatives, rng)))
   )
-  data_set = grain.MapDataset.source(_Share(examples, train.batch, rows)).batch(
-    len(rows), batch_fn=lambda chosen: gather(chosen, texts, data, known)
-  )
-  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-  return iter(data_set.to_iter_dataset(read_options=options))
+
+  def draw(number: int) -> Example:
+    query, own = examples[number]
+    return Example(number, query, own, size(query, own))
+
+  def fit(chosen: list[Example]) -> tuple[dict[str, np.ndarray], str | None]:
+    """Where texts begin, by tower; or the tower in which they do not fit."""
+    places = {}
+    for tower in TOWERS:
+      together = np.concatenate([e.sizes[tower] for e in chosen])
+      found = first_fit(together, shape.length[tower], shape.count[tower])
+      if found is None:
+        return {}, tower
+      places[tower] = found
+    return places, None
+
+  class Iterator(grain.DatasetIterator):
+    """Its state: the next example, and those that wait, by number."""
+
+    def __init__(self):
+      super().__init__()
+      self.next, self.waiting = 0, collections.deque[Example]()
+
+    def take(self) -> Example:
+      if self.waiting:
+        return self.waiting.popleft()
+      self.next += 1
+      return draw(self.next - 1)
+
+    def unit(self) -> Unit:
+      chosen = [self.take() for _ in range(shape.unit)]
+      late = []
+      while (found := fit(chosen))[1] is not None:
+        tower = found[1]
+        # The first stays: it may have waited before, and so none waits for ever.
+        largest = max(range(1, len(chosen)), key=lambda i: chosen[i].sizes[tower].sum(), default=None)
+        if largest is None:
+          raise UserError(f"data.pack={data.pack}: an example does not fit {shape.count[tower]} rows of {tower}")
+        late.append(chosen.pop(largest))
+        chosen.append(self.take())
+      self.waiting.extendleft(sorted(late, key=lambda e: -e.number))
+      return Unit(chosen, found[0])
+
+    def __next__(self) -> Batch:
+      if shape.packed:  # every host plans the whole batch: what waits is the same everywhere
+        planned = [self.unit() for _ in range(train.batch // shape.unit)]
+        units = [planned[i] for i in mine]
+      else:
+        units = [Unit([draw(self.next + i)], None) for i in mine.tolist()]
+        self.next += train.batch
+      return gather(units, texts, data, shape, known)
+
+    def get_state(self) -> dict[str, Any]:
+      return {"next": self.next, "waiting": [e.number for e in self.waiting]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+      self.next, self.waiting = state["next"], collections.deque(map(draw, state["waiting"]))
+
+  class Source(grain.IterDataset):
+    def __iter__(self) -> Iterator:
+      return Iterator()
+
+  return iter(grain.experimental.ThreadPrefetchIterDataset(Source(), prefetch_buffer_size=2))

@@ -82,6 +82,10 @@ class Data:
   cache: str = "~/.cache/ernie_jax"  # prepared data sets and downloaded weights, shared by all runs
   query_length: int = 32  # tokens, special ones included
   passage_length: int = 128
+  template: Literal["bert", "rocketqa"] = "bert"  # a passage: "title: text"; or title [SEP] text, the text of type 1
+  markers: bool = False  # ColBERT: [unused0] after a query's [CLS], [unused1] after a passage's
+  augment: bool = False  # ColBERT: queries filled up with [MASK], which late interaction scores and no token reads
+  pack: int | None = None  # tokens of a row that holds several texts, in training; None: a row for each text
 
   def __post_init__(self):
     check_choices(self, "data.")
@@ -94,6 +98,7 @@ class Data:
     check(len(self.packages) > 0, "data.packages", self.packages, "name at least one package, such as python")
     for field in ("query_length", "passage_length"):
       check(getattr(self, field) >= 4, f"data.{field}", getattr(self, field), "needs at least 4 tokens")
+    check(self.pack is None or self.pack >= 1, "data.pack", self.pack, "use 128 to 512 tokens, or None for no packing")
 
   @property
   def pair_length(self) -> int:

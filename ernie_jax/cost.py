@@ -6,6 +6,7 @@ method asks for. Recomputation (`model.remat`, `chunk`) and element-wise work ar
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -63,9 +64,11 @@ def flops(
   model: config.Model,
   train: config.Train,
   data: config.Data,
+  rows: dict[str, tuple[int, int]],
 ) -> float:
   """Model FLOPs of one training step over the global batch, for the terms that are on (METHOD: shapes, three scorers).
 
+  `rows` are the rows of the global batch and their tokens, by tower: "queries", "passages", "pairs".
   What is trained counts three times (forward, and twice that backward), a cross-encoder without `nll_ce` once.
   """
   weights, terms = train.weights, train.weights.active
@@ -76,11 +79,11 @@ def flops(
   if weights.needs_teacher:
     a = student if model.share_encoder else teacher
     head = 2 * passages * (a.width + (a.width**2 if model.teacher_pooler else 0))
-    total += (3 if weights.nll_ce > 0 else 1) * (forward(a, passages, data.pair_length) + head)
+    total += (3 if weights.nll_ce > 0 else 1) * (forward(a, *rows["pairs"]) + head)
 
   if weights.needs_student:
     copies = 2 if weights.needs_twin else 1
-    towers = forward(student, queries, data.query_length) + forward(student, passages, data.passage_length)
+    towers = forward(student, *rows["queries"]) + forward(student, *rows["passages"])
     dual_pool = "nll_de" in terms and train.dual_pool == "global"
     dual_pool |= "kl_li_de" in terms and train.late_pool == "global"
     vectors = passages if terms & {"nll_de", "kl_li_de", "kl_ce_de"} else 0
@@ -90,7 +93,7 @@ def flops(
   if weights.needs_late:
     width = student.width if model.late_width is None else model.late_width
     if model.late_width is not None:
-      tokens = queries * data.query_length + passages * data.passage_length
+      tokens = math.prod(rows["queries"]) + math.prod(rows["passages"])
       total += 3 * 2 * tokens * student.width * width
     similarity = 2 * data.query_length * data.passage_length * width
     pool = queries * passages if train.late_pool == "global" and terms & {"nll_li", "kl_li_de"} else 0

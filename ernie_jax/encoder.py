@@ -7,7 +7,6 @@ dropout. They are pytrees, used under plain `jax.jit`, `jax.grad` and `jax.lax.s
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import TYPE_CHECKING
 
 import jax
@@ -17,17 +16,60 @@ from flax import nnx, struct
 from ernie_jax import config
 
 if TYPE_CHECKING:
-  from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+  from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 
 
 @struct.dataclass
 class Rows:
-  """Rows of L tokens. Several texts may share a row: tokens attend within their own segment; segment 0 is padding."""
+  """Rows of L tokens, each row one text, or several (packed): a token attends within its own text.
+
+  Packed rows come in units, of which an encoder call gets one: what a device encodes at once. `starts` says where the
+  unit's texts begin, in its rows laid end to end; text i is segment i + 1.
+  """
 
   tokens: Int[Array, "n l"]
-  segments: Int[Array, "n l"]
+  segments: Int[Array, "n l"]  # whose token it is: 0 is padding, -s reads text s and is not read ([MASK] augmentation)
   positions: Int[Array, "n l"]  # counted from each text's first token
   types: Int[Array, "n l"]  # 0, and 1 for the second part of a pair
+  starts: Int[Array, "t"] = struct.field(default=None)  # None: a text a row, whose tokens are segment 1
+  unit: int = struct.field(pytree_node=False, default=0)  # packed: texts of a unit
+  longest: int = struct.field(pytree_node=False, default=0)  # packed: tokens that a text may have
+  lead: int = struct.field(pytree_node=False, default=1)  # tokens before a text: [CLS], and a marker if there is one
+
+
+def by_text(x: Shaped[Array, "n l *m"], rows: Rows, longest: int | None = None) -> Shaped[Array, "t k *m"]:
+  """What belongs to the first tokens of each text, up to `longest`; after the text's end, whatever stands there."""
+  if rows.starts is None:
+    return x[:, :longest]
+  flat = x.reshape(-1, *x.shape[2:])
+  places = rows.starts[:, None] + jnp.arange(rows.longest if longest is None else longest)
+  return flat.at[places].get(mode="clip")
+
+
+def first(x: Shaped[Array, "n l *m"], rows: Rows) -> Shaped[Array, "t *m"]:
+  """What belongs to the first token of each text."""
+  return by_text(x, rows, 1)[:, 0]
+
+
+def owned(rows: Rows) -> Int[Array, "t k"]:
+  """The tokens of each text: 1; -1 for those that are not read; 0 after the text's end."""
+  if rows.starts is None:
+    return rows.segments
+  segments = by_text(rows.segments, rows)
+  return jnp.where(jnp.abs(segments) == 1 + jnp.arange(rows.unit)[:, None], jnp.sign(segments), 0)
+
+
+def twice(rows: Rows) -> Rows:
+  """All texts, then all of them again."""
+  again = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows)
+  if rows.starts is None:
+    return again
+  more = rows.segments + rows.unit * jnp.sign(rows.segments)
+  return again.replace(
+    segments=jnp.concatenate([rows.segments, more]),
+    starts=jnp.concatenate([rows.starts, rows.starts + rows.tokens.size]),
+    unit=2 * rows.unit,
+  )
 
 
 def linear(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: str | None = None, bias: bool = True) -> nnx.Linear:
@@ -38,17 +80,26 @@ def linear(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: str | None = None, 
 
 @struct.dataclass
 class Noise:
-  """Where dropout's randomness comes from: a place in the step (seed) and the row's number in the global batch.
+  """Where dropout's randomness comes from: a place in the step (seed), a text's number in the global batch, a token.
 
-  A row's noise depends on nothing else, so it is the same in any chunk, on any device and on any host. JAX's own
-  generators number the elements of the array at hand.
+  A token's noise depends on nothing else, so it is the same in any chunk, on any device and host, packed or not. JAX's
+  own generators number the elements of the array at hand.
   """
 
   seeds: UInt32[Array, "*site 2"]
-  rows: UInt32[Array, "n"]
+  texts: UInt32[Array, "*n"]
+  positions: Int[Array, "*#n"]  # of tokens in their texts
 
   def at(self, seeds: UInt32[Array, "*site 2"]) -> Noise:
-    return Noise(seeds, self.rows)
+    return Noise(seeds, self.texts, self.positions)
+
+  def spread(self, rows: Rows) -> Noise:
+    """From texts [t] to the tokens of their rows [n, l]."""
+    if rows.starts is None:
+      texts = jnp.broadcast_to(self.texts[:, None], rows.tokens.shape)
+    else:
+      texts = self.texts[jnp.maximum(jnp.abs(rows.segments) - 1, 0)]
+    return Noise(self.seeds, texts, rows.positions)
 
 
 def seeds(key: Key[Array, ""], *shape: int) -> UInt32[Array, "*shape 2"]:
@@ -63,15 +114,30 @@ def mix(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
   return x ^ (x >> 16)
 
 
-def drop(x: Float[Array, "n *m"], rate: float, noise: Noise | None) -> Float[Array, "n *m"]:
-  """Inverted dropout of rows; the identity without noise. An element is kept by the hash of its row and its place."""
+def drop(x: Float[Array, "*n m"], rate: float, noise: Noise | None) -> Float[Array, "*n m"]:
+  """Inverted dropout of tokens; the identity without noise. Kept or not by the hash of text, token and element."""
   if noise is None or rate == 0:
     return x
-  inside = x.shape[1:]
-  place = mix(jax.lax.iota(jnp.uint32, math.prod(inside)) ^ noise.seeds[0]).reshape(1, *inside)
-  row = mix(noise.rows ^ noise.seeds[1]).reshape(-1, *[1] * len(inside))
-  keep = mix(place ^ row) >= jnp.uint32(round(rate * 2**32))
-  return jnp.where(keep, x / (1 - rate), 0)
+  element = mix(jax.lax.iota(jnp.uint32, x.shape[-1]) ^ noise.seeds[0])
+  return kept(x, rate, element ^ token(noise)[..., None])
+
+
+def drop_attention(x: Float[Array, "n heads q k"], rate: float, noise: Noise | None) -> Float[Array, "n heads q k"]:
+  """Inverted dropout of attention, by the hash of text, reading token, head, and token read."""
+  if noise is None or rate == 0:
+    return x
+  head = jax.lax.iota(jnp.uint32, x.shape[1])[:, None] << 16
+  read = mix((noise.positions.astype(jnp.uint32)[:, None, :] | head) ^ noise.seeds[0])
+  return kept(x, rate, read[:, :, None, :] ^ token(noise)[:, None, :, None])
+
+
+def token(noise: Noise) -> UInt32[Array, "*n"]:
+  """A hash of each token's text and position."""
+  return mix(mix(noise.texts ^ noise.seeds[1]) + noise.positions.astype(jnp.uint32))
+
+
+def kept(x: Float[Array, "*n"], rate: float, hashes: UInt32[Array, "*n"]) -> Float[Array, "*n"]:
+  return jnp.where(mix(hashes) >= jnp.uint32(round(rate * 2**32)), x / (1 - rate), 0)
 
 
 class Layer(nnx.Module):
@@ -95,7 +161,9 @@ class Layer(nnx.Module):
     logits = jnp.einsum("nqad,nkad->naqk", query, keyed, preferred_element_type=jnp.float32)
     logits = jnp.where(mask, logits * (a.width // a.heads) ** -0.5, jnp.finfo(jnp.float32).min)
     attention = jax.nn.softmax(logits, axis=-1)
-    mixed = jnp.einsum("naqk,nkad->nqad", drop(attention, a.attention_dropout, noises[0]).astype(value.dtype), value)
+    mixed = jnp.einsum(
+      "naqk,nkad->nqad", drop_attention(attention, a.attention_dropout, noises[0]).astype(value.dtype), value
+    )
     x = self.attention_norm(x + drop(self.output(mixed.reshape(x.shape)), a.dropout, noises[1])).astype(x.dtype)
     activation = {"gelu": lambda y: jax.nn.gelu(y, approximate=False), "relu": jax.nn.relu}[a.activation]
     inner = self.down(activation(self.up(x)))
@@ -134,16 +202,17 @@ class Encoder(nnx.Module):
   ) -> tuple[Float[Array, "n l h"], Float[Array, "n heads l l"]]:
     """Hidden states of the last layer, and the last layer's attention probabilities; dropout where there is noise.
 
-    Noise brings seeds [layers + 1, 3, 2], as from `seeds(key, layers + 1, 3)`.
+    Noise brings seeds [layers + 1, 3, 2], as from `seeds(key, layers + 1, 3)`, and a number for each text.
     Cost follows use: attention probabilities that nobody reads are removed by the compiler.
     """
     a = self.architecture
+    noise = None if noise is None else noise.spread(rows)
     x = self.word(rows.tokens) + self.position(rows.positions) + self.type(rows.types)
     if self.task is not None:
       x = x + self.task(jnp.zeros_like(rows.tokens))
     first = None if noise is None else noise.at(noise.seeds[-1, 0])
     x = drop(self.norm(x), a.dropout, first).astype(self.dtype)
-    same = rows.segments[:, :, None] == rows.segments[:, None, :]
+    same = jnp.abs(rows.segments)[:, :, None] == rows.segments[:, None, :]
     mask = (same & (rows.segments > 0)[:, None, :])[:, None]
 
     def apply(x, layer_and_seeds):

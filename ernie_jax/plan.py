@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ernie_jax import config, cost, mesh, scores, step
+from ernie_jax import batches, config, cost, mesh, scores, step
 from ernie_jax.config import Config, UserError, check, first_line
 from ernie_jax.cost import GIB
 from ernie_jax.encoder import Rows
@@ -286,12 +286,22 @@ def arguments(
   state = jax.eval_shape(make, key)
   state = jax.tree.map(lambda x: placed(x, P() if x.sharding is None else x.sharding.spec), state)
   number = lambda *shape: placed(jax.ShapeDtypeStruct(shape, jnp.int32), P("data"))
-  rows = lambda n, length: Rows(*[number(n, length)] * 4)
   data, b, p = settings.data, train.batch, train.batch * (1 + train.negatives)
+  layout = batches.layout(data, train, over.size)
+  shapes = layout.rows(train.batch)
+
+  def rows(tower: str, texts: int, longest: int, lead: int) -> Rows:
+    packed: Any = (
+      {"starts": number(texts), "unit": texts * layout.unit // b, "longest": longest} if layout.packed else {}
+    )
+    one: Any = number(*shapes[tower])
+    return Rows(one, one, one, one, **packed, lead=lead)
+
+  lead = 2 if data.markers else 1
   batch = scores.Batch(
-    queries=rows(b, data.query_length),
-    passages=rows(p, data.passage_length),
-    pairs=rows(p, data.pair_length),
+    queries=rows("queries", b, data.query_length, lead),
+    passages=rows("passages", p, data.passage_length, lead),
+    pairs=rows("pairs", p, data.pair_length, 1),
     texts=number(p),
     known=number(b, 1),
   )
@@ -383,7 +393,9 @@ def plan(settings: Config, stage: Stage, topology: str) -> Plan:
     chips,
     train,
     memory,
-    cost.flops(*shapes, settings.model, train, settings.data),
+    cost.flops(
+      *shapes, settings.model, train, settings.data, batches.layout(settings.data, train, chips).rows(train.batch)
+    ),
     total_cycles(found, entry),
     collectives(found, entry, chips),
   )

@@ -26,6 +26,7 @@ import numpy as np
 from ernie_jax import (
   batches,
   checkpoints,
+  columns,
   config,
   datasets,
   encoder,
@@ -37,6 +38,7 @@ from ernie_jax import (
   step,
   tokens,
 )
+from ernie_jax.columns import Ragged
 from ernie_jax.config import Config, Interrupted, UserError
 from ernie_jax.progress import clock, say
 from ernie_jax.scores import Params, Student, Teacher
@@ -58,29 +60,24 @@ class Run:
   config: Config
   data: datasets.Dataset
   tokenizer: tokens.Tokenizer
-  passages: tokens.Store
-  queries: dict[str, tokens.Store]  # by split
+  passages: Ragged
+  queries: dict[str, Ragged]  # by split
   identity: np.ndarray
   params: Params = dataclasses.field(default_factory=dict)  # to start from
+
+  @property
+  def template(self) -> batches.Template:
+    return batches.Template(self.tokenizer, self.config.data)
 
   def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Does the work of a stage in its folder unless it is done; its result, with the seconds it took."""
     return once(self.directory / name, work)
 
-  def encode(self, params: Params, store: tokens.Store, what: str, *, late: bool) -> retrieval.Encoded:
+  def encode(self, params: Params, store: Ragged, what: str, *, late: bool) -> retrieval.Encoded:
     """Passages, or queries (`what` says which), with the given student."""
     query = what != "passages"
-    longest = self.config.data.query_length if query else self.config.data.passage_length
-    return retrieval.encode(
-      params["student"],
-      self.config.model,
-      store,
-      self.tokenizer,
-      longest,
-      query=query,
-      late=late,
-      label=f"encode {what}",
-    )
+    student, model = params["student"], self.config.model
+    return retrieval.encode(student, model, store, self.template, query=query, late=late, label=f"encode {what}")
 
   def as_run(self, split: str, values: Iterable[np.ndarray], found: Iterable[np.ndarray]) -> evaluate.Run:
     """Scores and passage rows [Q, k] with their ids."""
@@ -307,14 +304,14 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     raise UserError(
       f"negatives={needed}: the corpus of {len(passages)} passages is too small for so many beside the positives"
     )
-  store = lambda name, texts: tokens.build(place / name, texts, tokenizer)
+  store = lambda split: tokens.store(data, split, tokenizer, settings.data)
   current = Run(
     directory,
     settings,
     data,
     tokenizer,
-    store("passages", passages),
-    {split: store(f"queries-{split}", q.texts) for split, q in data.queries.items()},
+    store("corpus"),
+    {split: store(split) for split in data.queries},
     batches.identities(passages),
   )
   if not known.is_file():
@@ -396,8 +393,8 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
       current.queries["train"],
       current.passages,
       current.identity,
-      positives(current, "train"),
-      [np.zeros(0, int)] * len(current.queries["train"]) if negatives is None else negatives,
+      columns.ragged(positives(current, "train")),
+      columns.ragged([np.zeros(0, int)] * len(current.queries["train"]) if negatives is None else negatives),
       current.tokenizer,
     )
     seed = 1000 * TRAINED.index(name) + current.config.seed
@@ -502,9 +499,7 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   vectors = retrieval.load(current.directory / "mine" / "vectors.npy")
   queries = current.encode(student_params, store, "dev queries", late=False)
   values, found = retrieval.top_k(queries.vectors[some], vectors, e.teacher_depth)
-  teacher = retrieval.rerank_cross(
-    teacher_params, store, current.passages, found, current.tokenizer, current.config.data
-  )
+  teacher = retrieval.rerank_cross(teacher_params, store, current.passages, found, current.template)
   qrels = {name: current.data.qrels("dev")[name] for name in current.data.queries["dev"].ids[: len(some)]}
   scores = {
     "student": evaluate.metrics(current.as_run("dev", values, found), qrels),
@@ -545,9 +540,7 @@ def measure(current: Run, students: dict[str, Params], best: str) -> dict[str, A
     }
     chosen = found[:, : e.cross_depth] if name == best else chosen
   model = keep(current, students, best)
-  cross = retrieval.rerank_cross(
-    model, current.queries["test"], current.passages, chosen, current.tokenizer, current.config.data
-  )
+  cross = retrieval.rerank_cross(model, current.queries["test"], current.passages, chosen, current.template)
   before = read(current.directory / "baselines" / "manifest.json")
   results = {
     "bm25": before["bm25"],

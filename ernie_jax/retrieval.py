@@ -14,11 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ernie_jax import batches, checkpoints, config, mesh, scores
+from ernie_jax import checkpoints, config, mesh, scores
+from ernie_jax.batches import Template
+from ernie_jax.columns import Ragged
 from ernie_jax.config import Interrupted, UserError
 from ernie_jax.encoder import Rows
 from ernie_jax.progress import Progress
-from ernie_jax.tokens import Store, Tokenizer, in_memory
+from ernie_jax.tokens import Tokenizer, in_memory
 
 ROWS = 64  # texts encoded at once, on each device
 BUCKETS = 4  # row lengths compiled for: quarters of the longest
@@ -48,11 +50,13 @@ def _each(
   label: str,
   lengths: np.ndarray,
   longest: int,
-  make: Callable[[int], list],
-  tokenizer: Tokenizer,
+  make: Callable[[list[int], int], Rows],
   apply: Callable,
 ) -> Iterator[tuple[np.ndarray, int, Any]]:
-  """Applies a jitted function to all texts, batch by batch: (texts, row length, its result as numpy)."""
+  """Applies a jitted function to all texts, batch by batch: (texts, row length, its result as numpy).
+
+  `make(texts, length)` gives rows of that many tokens.
+  """
   devices = mesh.make()
   size = ROWS * jax.device_count()
   mine = mesh.share(devices, size)
@@ -61,7 +65,7 @@ def _each(
       if mesh.asked_to_stop():
         raise Interrupted(label, signal.SIGTERM)
       filled = np.resize(members, size)  # the last batch of a bucket is filled up by repeating texts
-      rows = batches.rows([make(i) for i in filled[mine]], edge, tokenizer)
+      rows = make(filled[mine].tolist(), edge)
       result = jax.tree.map(np.asarray, apply(mesh.shard(rows, devices)))
       yield members, edge, jax.tree.map(lambda x: x[: len(members)], result)
       bar.advance(len(members))
@@ -79,24 +83,29 @@ def embed(student: scores.Student, rows: Rows, model: config.Model, query: bool,
 def encode(
   student: scores.Student,
   model: config.Model,
-  store: Store,
-  tokenizer: Tokenizer,
-  longest: int,
+  store: Ragged,
+  template: Template,
   *,
   query: bool,
   late: bool,
   label: str,
 ) -> Encoded:
-  """Encodes a store, cut to `longest` tokens a text. Call under `jax.set_mesh(mesh.make())`."""
-  lengths = np.minimum(store.lengths + 2, longest)
+  """Encodes the texts of a store as queries or as passages. Call under `jax.set_mesh(mesh.make())`."""
+  lengths = (template.query_sizes if query else template.passage_sizes)(store.lengths)
+  longest = template.data.query_length if query else template.data.passage_length
   offsets = np.concatenate([[0], np.cumsum(lengths)])
   vectors = np.zeros((len(store), student.encoder.architecture.width), np.float32)
   width = model.late_width or student.encoder.architecture.width
   tokens = np.zeros((offsets[-1] if late else 0, width), np.float16)
-  make = lambda i: [batches.cut(store[i], longest)]
+
+  def make(texts: list[int], length: int) -> Rows:
+    if query:
+      return template.queries([template.query(store[i]) for i in texts], length)
+    return template.passages([template.passage(store[i]) for i in texts], length)
+
   held = mesh.whole(student, mesh.make())
   apply = lambda rows: embed(held, rows, model, query, late)
-  for members, _, result in _each(label, lengths, longest, make, tokenizer, apply):
+  for members, _, result in _each(label, lengths, longest, make, apply):
     vectors[members] = result[0]
     if late:
       for i, row in zip(members, result[1]):
@@ -150,24 +159,25 @@ def _cross(params: scores.Params, rows: Rows) -> jax.Array:
 
 def rerank_cross(
   params: scores.Params,
-  queries: Store,
-  passages: Store,
+  queries: Ragged,
+  passages: Ragged,
   candidates: np.ndarray,
-  tokenizer: Tokenizer,
-  data: config.Data,
+  template: Template,
 ) -> np.ndarray:
   """The cross-encoder's logit of each query with its candidates (passage rows [Q, k]) -> scores [Q, k]."""
   where = np.repeat(np.arange(len(candidates)), candidates.shape[1])
   flat = candidates.reshape(-1)
-  left = lambda i: batches.cut(queries[int(where[i])], data.query_length)
-  right = lambda i: batches.cut(passages[int(flat[i])], data.passage_length)
-  cut_lengths = lambda store, longest: np.minimum(store.lengths, longest - 2)
-  lengths = cut_lengths(queries, data.query_length)[where] + cut_lengths(passages, data.passage_length)[flat] + 3
+  lengths = template.pair_sizes(queries.lengths[where], passages.lengths[flat])
   values = np.zeros(len(flat), np.float32)
-  make = lambda i: [left(i), right(i)]
+
+  def make(pairs: list[int], length: int) -> Rows:
+    asked = [template.query(queries[int(where[i])]) for i in pairs]
+    return template.pairs(asked, [template.passage(passages[int(flat[i])]) for i in pairs], length)
+
   held = mesh.whole(params, mesh.make())
   apply = lambda rows: _cross(held, rows)
-  for members, _, result in _each("re-rank (cross-encoder)", lengths, data.pair_length, make, tokenizer, apply):
+  longest = template.data.pair_length
+  for members, _, result in _each("re-rank (cross-encoder)", lengths, longest, make, apply):
     values[members] = result
   return values.reshape(candidates.shape)
 
@@ -215,6 +225,8 @@ class Searcher:
       raise UserError(f"{directory}: no finished run here (model/model.json is missing); `ernie-jax run` makes one")
     self.params, self.model, self.about = checkpoints.load_model(directory / "model")
     self.tokenizer = Tokenizer.load(directory / "model" / "tokenizer")
+    data = self.about["data"]
+    self.template = Template(self.tokenizer, config.Data(**(data | {"packages": tuple(data["packages"])})))
     self.vectors = load(directory / self.about["corpus"])
     path = directory / "prepare" / "corpus.jsonl"
     try:
@@ -227,8 +239,7 @@ class Searcher:
   def __call__(self, query: str, k: int = 10) -> list[tuple[float, dict[str, str]]]:
     """The k best passages, best first: (score, {"id", "title", "text"})."""
     store = in_memory([query], self.tokenizer)
-    longest = self.about["data"]["query_length"]
-    rows = batches.rows([[batches.cut(store[0], longest)]], longest, self.tokenizer)
+    rows = self.template.queries([self.template.query(store[0])], self.template.data.query_length)
     vectors, *_ = embed(self.params["student"], rows, self.model, True, False)
     values, found = top_k(np.asarray(vectors), self.vectors, k)
     return [(float(value), self.corpus[row]) for value, row in zip(values[0], found[0])]

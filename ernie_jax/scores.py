@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from ernie_jax import config, mesh
-from ernie_jax.encoder import Encoder, Noise, Rows, drop, linear, seeds, with_dropout
+from ernie_jax.encoder import Encoder, Noise, Rows, by_text, drop, first, linear, owned, seeds, twice, with_dropout
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Bool, Float, Int, Key, UInt32
@@ -28,9 +28,9 @@ Params = dict  # {"student": Student, "teacher": Teacher}
 class Batch:
   """B queries, each with its own list of K passages: the positive at index 0, then hard negatives."""
 
-  queries: Rows  # [B, Lq]
-  passages: Rows  # [B*K, Lp], query by query
-  pairs: Rows  # [B*K, Lj]: [CLS] query [SEP] passage [SEP], of the same tokens
+  queries: Rows  # B texts
+  passages: Rows  # B*K texts, query by query
+  pairs: Rows  # B*K texts [CLS] query [SEP] passage [SEP], of the same tokens
   texts: Int[Array, "bk"]  # identity of each passage's text: equal texts have equal numbers
   known: Int[Array, "b m"]  # text numbers of the query's known positives, padded with -1
 
@@ -84,10 +84,11 @@ class Teacher(nnx.Module):
 
 @struct.dataclass
 class Embeddings:
-  """What one student pass makes of N texts."""
+  """What one student pass makes of N texts of at most L tokens."""
 
   vector: Float[Array, "n h"]
   mask: Bool[Array, "n l"]
+  content: Bool[Array, "n l"]  # tokens that are neither padding nor special
   tokens: Float[Array, "n l d"] = struct.field(default=None)  # unit length, in the model's dtype
   twin: Float[Array, "n h"] = struct.field(default=None)  # the vector again, under other dropout (DualReg)
 
@@ -102,31 +103,32 @@ def embed(
   late: bool = True,
   copies: int = 1,
 ) -> Embeddings:
-  """Dual-encoder vectors (float32) and late-interaction token vectors from one forward pass; one text a row.
+  """Dual-encoder vectors (float32) and late-interaction token vectors from one forward pass.
 
-  With `copies=2` a second copy of every row goes through the same pass, under noise of its own, for the twin.
+  With `copies=2` every text goes through the same pass twice, the second time under noise of its own, for the twin.
   """
   encoder = student.query_encoder if query and student.query_encoder is not None else student.encoder
   several, numbers = rows, noise
   if copies > 1:
-    repeat = lambda x: jnp.concatenate([x] * copies)
-    several = jax.tree.map(repeat, rows)
+    several = twice(rows)
     if noise is not None:
-      numbers = Noise(noise.seeds, jnp.concatenate([noise.rows * copies + i for i in range(copies)]))
+      texts = jnp.concatenate([noise.texts * copies + i for i in range(copies)])
+      numbers = Noise(noise.seeds, texts, jnp.zeros_like(texts))
   hidden, _ = encoder(several, numbers)
-  hidden, mask = hidden.astype(jnp.float32), several.segments > 0
   if model.pooling == "mean":
-    vector = jnp.where(mask[..., None], hidden, 0).sum(1) / mask.sum(1, keepdims=True)
+    read = (owned(several) > 0)[..., None]
+    vector = jnp.where(read, by_text(hidden, several).astype(jnp.float32), 0).sum(1) / read.sum(1)
   else:
-    vector = hidden[:, 0]
+    vector = first(hidden, several).astype(jnp.float32)
   vectors = jnp.split(unit(vector) if model.cosine else vector, copies)
-  size = len(vectors[0])
   tokens: Any = None
   if late:
-    first = hidden[:size]
-    tokens = unit(first if student.projection is None else student.projection(first)).astype(model.dtype)
+    one = hidden[: len(rows.tokens)].astype(jnp.float32)
+    tokens = by_text(unit(one if student.projection is None else student.projection(one)).astype(model.dtype), rows)
   twin: Any = vectors[1] if copies > 1 else None
-  return Embeddings(vectors[0], mask[:size], tokens, twin)
+  mask = owned(rows) != 0
+  special = jnp.array(encoder.architecture.special or (-1,))
+  return Embeddings(vectors[0], mask, mask & ~jnp.isin(by_text(rows.tokens, rows), special), tokens, twin)
 
 
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
@@ -134,8 +136,8 @@ def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def cross(params: Params, rows: Rows, noise: Noise | None) -> tuple[Float[Array, "n"], Float[Array, "n lj lj"]]:
-  """The cross-encoder's logit of each joined pair, and its last layer's attention, averaged over heads.
+def cross(params: Params, rows: Rows, noise: Noise | None) -> tuple[Float[Array, "t"], Float[Array, "n l l"]]:
+  """The cross-encoder's logit of each joined pair, and its last layer's attention in the rows, averaged over heads.
 
   Noise brings one place more than the encoder's, for the head.
   """
@@ -143,10 +145,10 @@ def cross(params: Params, rows: Rows, noise: Noise | None) -> tuple[Float[Array,
   encoder = params["student"].encoder if teacher.encoder is None else teacher.encoder
   inner, outer = (None, None) if noise is None else (noise.at(noise.seeds[:-1]), noise.at(noise.seeds[-1, 0]))
   hidden, attention = encoder(rows, inner)
-  first = hidden[:, 0].astype(jnp.float32)
+  one = first(hidden, rows).astype(jnp.float32)
   if teacher.pooler is not None:
-    first = jnp.tanh(teacher.pooler(first))
-  return teacher.head(drop(first, encoder.architecture.dropout, outer))[:, 0], attention.mean(1)
+    one = jnp.tanh(teacher.pooler(one))
+  return teacher.head(drop(one, encoder.architecture.dropout, outer))[:, 0], attention.mean(1)
 
 
 def matches(q: Embeddings, p: Float[Array, "b k lp d"]) -> Float[Array, "b k lq lp"]:
@@ -199,24 +201,23 @@ def pool(own: Float[Array, "b k"], scores: Float[Array, "b p"], known: Bool[Arra
 
 
 def pair_attention(
-  attention: Float[Array, "b k lj lj"], queries: Rows, passage_length: int
-) -> Float[Array, "b k lq lp"]:
-  """Cuts the query-to-passage block out of joined pairs' attention.
+  attention: Float[Array, "n l l"], pairs: Rows, passages: Rows, query_length: int
+) -> Float[Array, "t lq lp"]:
+  """Cuts the query-to-passage block out of joined pairs' attention, token by token as the student reads both.
 
-  In [CLS] q [SEP] p [SEP], query token i stands at i and passage token j (counted with the passage's own [CLS] at 0)
-  at |q| + j - 1, where |q| counts the query's [CLS] and [SEP].
+  In [CLS] q [SEP] p [SEP], token i of the query (counted with its [CLS]) stands at i, token j of the passage at
+  |q| + j - 1, where |q| counts the query with [CLS] and [SEP]. The student's texts may hold a marker after [CLS], and
+  between title and text a [SEP] that the pair lacks. At special tokens stands whatever it is: they are no content.
   """
-  block = attention[:, :, : queries.tokens.shape[1]]  # [B, K, Lq, Lj]
-  length = (queries.segments > 0).sum(1)  # [B]
-  index = jnp.minimum(length[:, None] - 1 + jnp.arange(passage_length), attention.shape[-1] - 1)
-  return jnp.take_along_axis(
-    block, jnp.broadcast_to(index[:, None, None, :], (*block.shape[:3], passage_length)), axis=-1
-  )
-
-
-def content(rows: Rows, special: tuple[int, ...]) -> Bool[Array, "n l"]:
-  """Tokens that are neither padding nor special."""
-  return (rows.segments > 0) & ~jnp.isin(rows.tokens, jnp.array(special or (-1,)))
+  more = passages.lead - pairs.lead
+  block = by_text(attention, pairs, query_length)  # [T, Lq, L]
+  block = block[:, jnp.maximum(jnp.arange(query_length) - more, 0)] if more else block
+  begin = 0 if pairs.starts is None else pairs.starts % attention.shape[-1]
+  length = ((owned(pairs) > 0) & (by_text(pairs.types, pairs) == 0)).sum(1)  # |q|
+  kind = by_text(passages.types, passages)
+  index = (begin + length)[:, None] - 1 - more + jnp.arange(kind.shape[1]) - kind
+  index = jnp.clip(index, 0, attention.shape[-1] - 1)
+  return jnp.take_along_axis(block, jnp.broadcast_to(index[:, None], (*block.shape[:2], index.shape[1])), axis=-1)
 
 
 @struct.dataclass
@@ -253,19 +254,26 @@ def towers(
   weights, size = train.weights, len(batch.texts) // len(numbers)  # K
   chunk = train.chunk or len(numbers)
   config.check(len(numbers) % chunk == 0, "chunk", chunk, f"does not divide {len(numbers)} queries of a device")
+  if batch.queries.starts is not None and batch.queries.unit != chunk:
+    raise ValueError(f"a batch packed in units of {batch.queries.unit} queries, encoded {chunk} at a time")
   count = len(numbers) // chunk
-  noise = lambda tower, rows: None if (own := seeds[tower]) is None else Noise(own, rows)
+  query_length = batch.queries.longest or batch.queries.tokens.shape[1]
+
+  def noise(tower, texts):
+    return None if (own := seeds[tower]) is None else Noise(own, texts, jnp.zeros_like(texts))
+
   lists = lambda numbers: (numbers[:, None] * size + jnp.arange(size, dtype=numbers.dtype)).ravel()
   student = params["student"]
   settings: dict[str, Any] = {"late": weights.needs_late, "copies": 2 if weights.needs_twin else 1}
   # No gradient reaches a teacher that has no loss of its own.
   teaching = params if weights.nll_ce > 0 else jax.lax.stop_gradient(params)
 
-  def scored(queries, pairs, numbers):
+  def scored(pairs, passages, numbers):
     logits, attention = cross(teaching, pairs, noise("cross", lists(numbers)))
     own = lambda x: x.reshape(-1, size, *x.shape[1:])
-    block = pair_attention(own(attention), queries, batch.passages.tokens.shape[1]) if weights.kl_attention else None
-    return own(logits), block
+    if not weights.kl_attention:
+      return own(logits), None
+    return own(logits), own(pair_attention(attention, pairs, passages, query_length))
 
   def embedded(tower, rows, numbers):
     return embed(student, model, rows, noise(tower, numbers), tower == "query", **settings)
@@ -278,7 +286,7 @@ def towers(
     queries = in_chunks(partial(embedded, "query"), count, batch.queries, numbers)
     passages = in_chunks(lambda rows, n: embedded("passage", rows, lists(n)), count, batch.passages, numbers)
   if weights.needs_teacher:
-    logits, attention = in_chunks(scored, count, batch.queries, batch.pairs, numbers)
+    logits, attention = in_chunks(scored, count, batch.pairs, batch.passages, numbers)
   return Towers(queries, passages, logits, attention)
 
 
@@ -321,9 +329,8 @@ def score(params: Params, batch: Batch, model: config.Model, train: config.Train
         scores["late_pool"] = pool(scores["late"], maxsim_pool(q, p), known)
 
     if weights.kl_attention > 0:
-      special = student.encoder.architecture.special
       scores["matches"] = similarity
-      scores["query_content"] = content(batch.queries, special)
-      scores["passage_content"] = own(content(batch.passages, special))
+      scores["query_content"] = q.content
+      scores["passage_content"] = own(p.content)
 
   return Scores(**scores)

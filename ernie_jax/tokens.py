@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ernie_jax import config
+from ernie_jax import columns, config
+from ernie_jax.columns import Ragged
 from ernie_jax.config import UserError, first_line
+from ernie_jax.progress import Progress
 
 if TYPE_CHECKING:
   import tokenizers
 
+  from ernie_jax.datasets import Dataset
+
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+MARKERS = ("[unused0]", "[unused1]")  # ColBERT's, of queries and of passages
+BLOCK = 4096  # texts tokenised at once, by all cores
+SAMPLE = 500_000  # texts that a vocabulary is built from, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +37,8 @@ class Tokenizer:
   pad: int
   cls: int
   sep: int
-  special: tuple[int, ...]
+  mask: int
+  special: tuple[int, ...]  # no text of its own holds them
 
   @classmethod
   def wrap(cls, backend: tokenizers.Tokenizer, where: str) -> Tokenizer:
@@ -42,7 +50,10 @@ class Tokenizer:
       raise UserError(f"{where}: the tokenizer lacks {', '.join(missing)}; a BERT or ERNIE tokenizer is needed")
     backend.no_truncation()  # released tokenizer.json files often carry the trainer's settings
     backend.no_padding()
-    return cls(backend, ids["[PAD]"], ids["[CLS]"], ids["[SEP]"], tuple(sorted(ids.values())))
+    backend.encode_special_tokens = True  # a text that says "[SEP]" is a text
+    markers = [i for token in MARKERS if (i := backend.token_to_id(token)) is not None]
+    special = tuple(sorted({*ids.values(), *markers}))
+    return cls(backend, ids["[PAD]"], ids["[CLS]"], ids["[SEP]"], ids["[MASK]"], special)
 
   @classmethod
   def load(cls, directory: Path) -> Tokenizer:
@@ -60,7 +71,7 @@ class Tokenizer:
 
   @classmethod
   def train(cls, texts: Sequence[str], size: int) -> Tokenizer:
-    """A lower-casing WordPiece vocabulary of at most `size` entries built from the texts."""
+    """A lower-casing WordPiece vocabulary of at most `size` entries built from the texts, evenly chosen `SAMPLE`."""
     import tokenizers
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -71,19 +82,29 @@ class Tokenizer:
       backend.decoder = decoders.WordPiece()
       return backend
 
+    texts = texts[:: -(-len(texts) // SAMPLE) or 1]
     # The trainer numbers continuing letters (##a) in an order that changes from run to run, and breaks ties by number:
     # numbered beforehand, the same corpus gives the same vocabulary.
     draft = make(models.WordPiece(unk_token="[UNK]"))
     split = lambda text: draft.pre_tokenizer.pre_tokenize_str(draft.normalizer.normalize_str(text))
     inner = sorted({f"##{letter}" for text in texts for word, _ in split(text) for letter in word[1:]})
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=[*SPECIAL, *inner], show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+      vocab_size=size, special_tokens=[*SPECIAL, *MARKERS, *inner], show_progress=False
+    )
     draft.train_from_iterator(texts, trainer)
     backend = make(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
-    backend.add_special_tokens(list(SPECIAL))
+    backend.add_special_tokens([*SPECIAL, *MARKERS])
     return cls.wrap(backend, "vocabulary built from the corpus")
 
   def __len__(self) -> int:
     return self.backend.get_vocab_size()
+
+  def markers(self) -> tuple[int, int]:
+    """Of queries and of passages (`data.markers`); `UserError` if the vocabulary has none."""
+    query, passage = (self.backend.token_to_id(token) for token in MARKERS)
+    if query is None or passage is None:
+      raise UserError(f"data.markers=True: the vocabulary lacks {' and '.join(MARKERS)}; set it to False")
+    return query, passage
 
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Token ids of each text, without special tokens."""
@@ -103,71 +124,53 @@ def digest(tokenizer: Tokenizer) -> str:
   return hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:16]
 
 
-@dataclasses.dataclass(frozen=True)
-class Store:
-  """N texts as one flat array of token ids: text i is `tokens[offsets[i]:offsets[i + 1]]`."""
-
-  tokens: np.ndarray
-  offsets: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.offsets) - 1
-
-  def __getitem__(self, row: int) -> np.ndarray:
-    return self.tokens[self.offsets[row] : self.offsets[row + 1]]
-
-  @property
-  def lengths(self) -> np.ndarray:
-    """Tokens of each text, without special tokens."""
-    return np.diff(self.offsets)
-
-  def take(self, rows: np.ndarray) -> Store:
-    """Some texts, in memory."""
-    return _joined([self[row] for row in rows])
+def in_memory(texts: Sequence[str], tokenizer: Tokenizer) -> Ragged:
+  """The tokens of a few texts, such as the queries that a user types."""
+  return columns.ragged(tokenizer.encode(texts))
 
 
-def _joined(pieces: Sequence[np.ndarray]) -> Store:
-  return Store(np.concatenate([np.zeros(0, np.int32), *pieces]), np.cumsum([0] + [len(p) for p in pieces]))
+def store(dataset: Dataset, split: str, tokenizer: Tokenizer, settings: config.Data) -> Ragged:
+  """Token ids, without special tokens, of the passages ("corpus") or of the queries of a split, in their order.
+
+  Written once into the cache, and found there by the texts, the tokenizer and the template. With titles apart
+  (`template="rocketqa"`) a passage is title [SEP] text.
+  """
+  apart = split == "corpus" and settings.template == "rocketqa"
+  said = f"{dataset.fingerprint} {split} {digest(tokenizer)} {'title [SEP] text' if apart else 'text'}"
+  fingerprint = hashlib.sha256(said.encode()).hexdigest()[:16]
+  directory = Path(settings.cache).expanduser() / "tokens" / fingerprint
+  if (found := columns.matching(directory, fingerprint=fingerprint)) is not None:
+    return found
+  if split == "corpus":
+    texts: Sequence[str] = dataset.corpus.texts if apart else dataset.corpus.passages
+  else:
+    texts = dataset.queries[split].texts
+  return write(directory, texts, tokenizer, fingerprint, dataset.corpus.titles if apart else None)
 
 
-def in_memory(texts: Sequence[str], tokenizer: Tokenizer) -> Store:
-  """A store of a few texts, such as the queries that a user types."""
-  return _joined(tokenizer.encode(texts))
-
-
-def build(directory: Path, texts: Sequence[str], tokenizer: Tokenizer, block: int = 4096) -> Store:
-  """The store of `texts` under `directory`: reused when texts and tokenizer are the same, else made anew."""
-  digest = hashlib.sha256(tokenizer.backend.to_str().encode())
-  for text in texts:
-    digest.update(text.encode() + b"\0")
-  fingerprint = digest.hexdigest()[:16]
-  if not _matches(directory, fingerprint):
-    temporary = directory.with_name(f"{directory.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    lengths = []
-    with open(temporary / "tokens.bin", "wb") as file:
-      for start in range(0, len(texts), block):
-        for piece in tokenizer.encode(texts[start : start + block]):
-          lengths.append(len(piece))
-          file.write(piece.astype(dtype).tobytes())
-    np.save(temporary / "offsets.npy", np.cumsum([0, *lengths]))
-    (temporary / "store.json").write_text(json.dumps({"fingerprint": fingerprint, "dtype": np.dtype(dtype).name}))
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
-  dtype = json.loads((directory / "store.json").read_text())["dtype"]
-  size = (directory / "tokens.bin").stat().st_size
-  tokens = np.memmap(directory / "tokens.bin", dtype=dtype, mode="r") if size else np.zeros(0, dtype)
-  return Store(tokens, np.load(directory / "offsets.npy"))
-
-
-def _matches(directory: Path, fingerprint: str) -> bool:
-  """Whether a whole store with this fingerprint is there; a cut file does not count."""
+def write(
+  directory: Path, texts: Sequence[str], tokenizer: Tokenizer, fingerprint: str, titles: Sequence[str] | None = None
+) -> Ragged:
+  """Tokenises texts into a column in `directory`, a block at a time, while the next block is read."""
+  sep = np.array([tokenizer.sep])
+  block = lambda begin: [list(part[begin : begin + BLOCK]) for part in (texts, titles) if part is not None]
   try:
-    meta = json.loads((directory / "store.json").read_text())
-    offsets = np.load(directory / "offsets.npy")
-    size = (directory / "tokens.bin").stat().st_size
-    return meta["fingerprint"] == fingerprint and size == offsets[-1] * np.dtype(meta["dtype"]).itemsize
-  except (OSError, ValueError, KeyError, EOFError):
-    return False
+    with (
+      columns.Writer(directory, np.uint16 if len(tokenizer) <= 2**16 else np.uint32) as writer,
+      Progress("tokenise", len(texts), "texts") as bar,
+      concurrent.futures.ThreadPoolExecutor(1) as reader,
+    ):
+      coming = reader.submit(block, 0)
+      for begin in range(0, len(texts), BLOCK):
+        encoded = coming.result()
+        coming = reader.submit(block, begin + BLOCK)
+        for own, *title in zip(*map(tokenizer.encode, encoded)):
+          writer.append(np.concatenate([*title, sep, own]) if title else own)
+        bar.advance(len(encoded[0]))
+      writer.close(fingerprint=fingerprint)
+  except OSError as error:
+    raise UserError(f"{directory}: cannot be written ({error.strerror or error}); set data.cache") from error
+  found = columns.matching(directory, fingerprint=fingerprint)
+  if found is None:
+    raise UserError(f"{directory}: changed while it was written; delete it, and it is made anew")
+  return found

@@ -92,9 +92,10 @@ def train(
   # ---- Data, state: from the newest checkpoint, else from the given parameters.
   grid = mesh.make()
   step.divides(stage, grid.devices.size)
-  iterator = batches.batches(texts, data, stage, seed, mesh.share(grid, stage.batch))
+  layout = batches.layout(data, stage, grid.devices.size, texts)
+  iterator = batches.batches(texts, data, stage, seed, layout, mesh.share(grid, stage.batch))
   key = jax.random.fold_in(jax.random.key(seed), 0x7EA)  # not the key that made the parameters
-  work = cost.flops(*shapes(params), model, stage, data)
+  work = cost.flops(*shapes(params), model, stage, data, layout.rows(stage.batch))
   state: Any = step.init_state(mesh.whole(jax.tree.map(np.array, params), grid), model, stage)  # a copy, to be donated
   train_step: Any = step.make_train_step(model, stage)
   best: dict[str, Any] | None = None

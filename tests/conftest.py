@@ -47,18 +47,37 @@ SPECIAL = (1, 2)
 TINY = config.Architecture(vocabulary=50, width=16, layers=3, heads=2, inner=32, positions=64, special=SPECIAL)
 
 
-def make_rows(rng: np.random.Generator, parts: list[list[np.ndarray]], length: int, shift: int = 0) -> Rows:
-  """[1] part [2] part [2] and padding, as `batches.rows` lays texts out; `shift` adds padding columns."""
+def make_rows(
+  rng: np.random.Generator, parts: list[list[np.ndarray]], length: int, shift: int = 0, pack: tuple[int, int] = (0, 0)
+) -> Rows:
+  """[1] part [2] part [2] and padding, as `batches.rows` lays texts out; `shift` adds padding columns.
+
+  Packed with `pack=(units, length)`: the texts are so many units, in rows of that length.
+  """
   from ernie_jax import batches
 
   class Ids:
-    pad, cls, sep = 0, 1, 2
+    pad, cls, sep, mask = 0, 1, 2, 3
 
-  return batches.rows(parts, length + shift, Ids)
+  units, wide = pack
+  if not units:
+    return batches.rows(parts, length + shift, Ids)
+  sizes = np.array([1 + sum(len(part) + 1 for part in own) for own in parts])
+  each, count = len(parts) // units, len(parts) // units - 1
+  places = np.concatenate([batches.first_fit(own, wide, count) for own in np.split(sizes, units)])
+  order = rng.permutation(count)  # packed rows in any order
+  places = order[places // wide] * wide + places % wide
+  assert each > count
+  return batches.rows(parts, wide, Ids, places=places, units=units, count=count, longest=length)
 
 
-def make_batch(seed: int = 0, b: int = 8, k: int = 3, lq: int = 6, lp: int = 9, pad: int = 0) -> scores.Batch:
-  """A random batch with hard negatives, where some queries know further positives in the pool. `pad` adds padding."""
+def make_batch(
+  seed: int = 0, b: int = 8, k: int = 3, lq: int = 6, lp: int = 9, pad: int = 0, units: int = 0
+) -> scores.Batch:
+  """A random batch with hard negatives, where some queries know further positives in the pool.
+
+  `pad` adds padding; with `units`, the same texts are packed in so many units, in rows of 2 to 3 texts.
+  """
   rng = np.random.default_rng(seed)
   text = lambda longest: rng.integers(3, 50, rng.integers(1, longest - 1)).astype(np.int32)
   queries, passages = [text(lq) for _ in range(b)], [text(lp) for _ in range(b * k)]
@@ -66,9 +85,9 @@ def make_batch(seed: int = 0, b: int = 8, k: int = 3, lq: int = 6, lp: int = 9, 
   known[:, 0] = np.arange(b) * k
   known[1::2, 1] = known[1::2, 0] - 1  # the last negative of the query before is another positive of this one
   batch = scores.Batch(
-    queries=make_rows(rng, [[q] for q in queries], lq, pad),
-    passages=make_rows(rng, [[p] for p in passages], lp, pad),
-    pairs=make_rows(rng, [[queries[i // k], p] for i, p in enumerate(passages)], lq + lp - 1, 2 * pad),
+    queries=make_rows(rng, [[q] for q in queries], lq, pad, (units, 3 * lq)),
+    passages=make_rows(rng, [[p] for p in passages], lp, pad, (units, 2 * lp)),
+    pairs=make_rows(rng, [[queries[i // k], p] for i, p in enumerate(passages)], lq + lp - 1, 2 * pad, (units, 32)),
     texts=np.arange(b * k, dtype=np.int32),
     known=known,
   )

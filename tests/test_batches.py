@@ -1,10 +1,13 @@
 """Batches: layout, order, resumption, and negatives that are none."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from conftest import distance, make_batch
 
-from ernie_jax import batches, config, tokens
+from ernie_jax import batches, columns, config, mesh, scores, step, tokens
 
 QUERIES = [f"query number {i}" for i in range(23)]
 PASSAGES = [f"passage {i} answers query number {i} at some length" for i in range(23)] + [
@@ -27,10 +30,14 @@ def texts():
     tokens.in_memory(QUERIES, tokenizer),
     tokens.in_memory(PASSAGES, tokenizer),
     batches.identities(PASSAGES),
-    positives,
-    negatives,
+    columns.ragged(positives),
+    columns.ragged(negatives),
     tokenizer,
   )
+
+
+def make(texts, data=DATA, train=TRAIN, seed=0, rows=None):
+  return batches.batches(texts, data, train, seed, batches.layout(data, train, 1, texts), rows)
 
 
 def take(iterator, count):
@@ -43,15 +50,15 @@ def test_identities_name_the_first_copy():
 
 def test_rows_are_laid_out_as_bert_reads_them(texts):
   t = texts.tokenizer
-  rows = batches.rows([[np.array([9, 8]), np.array([7])], [np.array([6])]], 7, t)
-  assert rows.tokens.tolist() == [[t.cls, 9, 8, t.sep, 7, t.sep, t.pad], [t.cls, 6, t.sep] + [t.pad] * 4]
-  assert rows.types.tolist() == [[0, 0, 0, 0, 1, 1, 0], [0] * 7]
-  assert rows.segments.tolist() == [[1] * 6 + [0], [1] * 3 + [0] * 4]
-  assert rows.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0], [0, 1, 2] + [0] * 4]
+  rows = batches.rows([[np.array([9, 8]), np.array([7])], [np.array([6]), np.array([], int)]], 7, t)
+  assert rows.tokens.tolist() == [[t.cls, 9, 8, t.sep, 7, t.sep, t.pad], [t.cls, 6, t.sep, t.sep] + [t.pad] * 3]
+  assert rows.types.tolist() == [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0, 0]]
+  assert rows.segments.tolist() == [[1] * 6 + [0], [1] * 4 + [0] * 3]
+  assert rows.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0], [0, 1, 2, 3] + [0] * 3]
 
 
 def test_a_pair_holds_the_tokens_of_its_query_and_passage(texts):
-  batch = next(batches.batches(texts, DATA, TRAIN, 0))
+  batch = next(make(texts))
   for i in range(len(batch.texts)):
     content = lambda rows, row: rows.tokens[row][rows.segments[row] > 0].tolist()
     query, passage = content(batch.queries, i // 3), content(batch.passages, i)
@@ -61,7 +68,7 @@ def test_a_pair_holds_the_tokens_of_its_query_and_passage(texts):
 
 
 def test_the_order_follows_from_the_seed(texts):
-  a, b, c = (take(batches.batches(texts, DATA, TRAIN, seed), 7) for seed in (3, 3, 4))
+  a, b, c = (take(make(texts, seed=seed), 7) for seed in (3, 3, 4))
   same = lambda x, y: all(np.array_equal(m, n) for m, n in zip(jax.tree.leaves(x), jax.tree.leaves(y)))
   assert same(a, b)
   assert not same(a, c)
@@ -69,17 +76,17 @@ def test_the_order_follows_from_the_seed(texts):
 
 def test_every_query_comes_once_an_epoch_in_a_new_order(texts):
   train = config.Train(steps=5, batch=23, negatives=1)
-  epochs = [batch.known[:, 0].tolist() for batch in take(batches.batches(texts, DATA, train, 0), 2)]
+  epochs = [batch.known[:, 0].tolist() for batch in take(make(texts, train=train), 2)]
   assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(23))
   assert epochs[0] != epochs[1]
 
 
 def test_a_restored_position_gives_the_very_next_batch(texts):
-  iterator = batches.batches(texts, DATA, TRAIN, 0)
+  iterator = make(texts)
   take(iterator, 4)  # past the end of the first epoch
   position = iterator.get_state()
   expected = take(iterator, 3)
-  other = batches.batches(texts, DATA, TRAIN, 0)
+  other = make(texts)
   other.set_state(position)
   for a, b in zip(expected, take(other, 3)):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
@@ -88,14 +95,14 @@ def test_a_restored_position_gives_the_very_next_batch(texts):
 
 def test_hosts_make_their_own_rows_of_one_global_batch_and_may_change_in_number(texts):
   """Rows of two hosts, also where the mesh does not give a host neighbouring rows, together are one host's batch."""
-  whole = batches.batches(texts, DATA, TRAIN, 0)
+  whole = make(texts)
   take(whole, 3)
   position = whole.get_state()
   expected = take(whole, 2)
   lists = 1 + TRAIN.negatives
   for shares in (np.split(np.arange(TRAIN.batch), 2), (np.arange(0, TRAIN.batch, 2), np.arange(1, TRAIN.batch, 2))):
     for rows in shares:
-      host = batches.batches(texts, DATA, TRAIN, 0, rows)
+      host = make(texts, rows=rows)
       host.set_state(position)
       for own, batch in zip(take(host, 2), expected, strict=True):
         passages = (rows[:, None] * lists + np.arange(lists)).ravel()
@@ -121,6 +128,97 @@ def test_hard_negatives_are_served_before_random_ones(texts):
 
 
 def test_known_positives_are_named_by_text(texts):
-  batch = batches.gather([(4, np.array([4, 1])), (0, np.array([0, 24]))], texts, DATA, 2)
+  units = [batches.Unit([batches.Example(0, q, np.array(own), {})], None) for q, own in ((4, [4, 1]), (0, [0, 24]))]
+  batch = batches.gather(units, texts, DATA, batches.layout(DATA, TRAIN, 1), 2)
   assert batch.known.tolist() == [[4, 23], [0, -1]]
   assert batch.texts.tolist() == [4, 1, 0, 23]  # row 24 counts as row 23, whose text it has
+
+
+# ---- Packing.
+
+
+def test_packed_equals_padded(tiny_params):
+  """Every term and every gradient, with dropout and its twins; packed in chunks on two devices, padded on one."""
+  model, params = tiny_params
+  train = config.Train(batch=8, negatives=2, late_pool="global")
+  found = []
+  for devices, chunk, units in ((1, None, 0), (2, 2, 4)):
+    settings, grid = dataclasses.replace(train, chunk=chunk), mesh.make(jax.devices()[:devices])
+    with jax.set_mesh(grid):
+      loss = lambda p, b, settings=settings: step.loss(p, b, model, settings, jax.random.key(3))
+      batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units)), grid)
+      found.append(jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(mesh.whole(params, grid), batch)))
+  ((_, padded), padded_gradient), ((_, packed), packed_gradient) = found
+  assert set(padded) == train.weights.active
+  for term in padded:
+    np.testing.assert_allclose(packed[term], padded[term], rtol=1e-5, atol=1e-6, err_msg=term)
+  assert distance(packed_gradient, padded_gradient) < 1e-5
+
+
+def test_packed_mean_pooling_equals_padded(tiny_params):
+  model, params = dataclasses.replace(tiny_params[0], pooling="mean", cosine=True), tiny_params[1]
+  embed = jax.jit(lambda rows: scores.embed(params["student"], model, rows, None, query=False))
+  padded, packed = (embed(make_batch(units=units).passages) for units in (0, 1))
+  np.testing.assert_array_equal(packed.mask, padded.mask)
+  np.testing.assert_allclose(packed.vector, padded.vector, rtol=1e-4, atol=1e-6)
+  there = np.asarray(padded.mask)
+  np.testing.assert_allclose(packed.tokens[there], padded.tokens[there], rtol=1e-4, atol=1e-5)
+
+
+def test_a_unit_of_another_size_is_refused(tiny_params):
+  model, params = tiny_params
+  train = config.Train(batch=8, negatives=2, late_pool="global", chunk=4)
+  with pytest.raises(ValueError, match="units of 8 queries, encoded 4"):
+    jax.eval_shape(lambda p, b: step.loss(p, b, model, train, None), params, make_batch(units=1))
+
+
+def test_first_fit_keeps_texts_apart_and_fills_rows():
+  rng = np.random.default_rng(0)
+  for _ in range(50):
+    sizes = rng.integers(1, 60, 40)
+    count = max(int(sizes.sum() * 1.1) // 64 + 1, (sizes > 32).sum() + 3)
+    places = batches.first_fit(sizes, 64, count)
+    used = np.zeros(64 * count, int)
+    for place, size in zip(places, sizes):
+      assert place // 64 == (place + size - 1) // 64  # within one row
+      used[place : place + size] += 1
+    assert used.max() == 1
+  assert batches.first_fit(np.array([40, 40]), 64, 1) is None
+  assert batches.first_fit(np.array([40, 40, 40]), 64, 2) is None  # 120 tokens of 128, but no room for the third
+  assert batches.first_fit(np.array([30, 34, 64]), 64, 2).tolist() == [98, 64, 0]
+
+
+PACKED = dataclasses.replace(DATA, pack=24)
+
+
+def test_packed_batches_hold_what_padded_ones_hold(texts):
+  """Every example once an epoch, its tokens those of the padded batch; none is lost where it had to wait."""
+  train = dataclasses.replace(TRAIN, batch=8, chunk=4)
+  shape = batches.layout(PACKED, train, 1, texts)
+  assert shape.unit == 4
+  iterator, state = make(texts, PACKED, train), []
+  seen = []
+  for batch in (next(iterator) for _ in range(23)):
+    state.append(iterator.get_state())
+    for tower, longest in (("queries", 8), ("passages", 10), ("pairs", 17)):
+      rows = getattr(batch, tower)
+      assert rows.tokens.shape == shape.rows(8)[tower]
+      assert rows.longest == longest
+    for i, known in enumerate(batch.known[:, 0].tolist()):
+      take = lambda rows, j, per: rows.tokens.reshape(2, -1)[j // per][
+        rows.segments.reshape(2, -1)[j // per] == 1 + j % per
+      ]
+      query = take(batch.queries, i, 4).tolist()
+      assert query == [2, *texts.queries[known].tolist()[:6], 3]
+      for j in range(3 * i, 3 * i + 3):
+        passage, pair = take(batch.passages, j, 12).tolist(), take(batch.pairs, j, 12).tolist()
+        assert pair == query + passage[1:]
+        begin = batch.passages.starts[j]
+        assert batch.passages.positions.reshape(2, -1)[j // 12][begin : begin + len(passage)].tolist() == list(
+          range(len(passage))
+        )
+      seen.append(known)
+  waiting = [number for number in state[-1]["waiting"]]
+  assert len(seen) + len(waiting) == state[-1]["next"]  # 184 examples are 8 epochs
+  counts = np.bincount(seen, minlength=23)
+  assert counts.max() - counts.min() <= 1 + len(waiting)

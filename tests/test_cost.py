@@ -7,7 +7,7 @@ import jax
 import pytest
 from conftest import make_batch
 
-from ernie_jax import cost, encoder, step
+from ernie_jax import batches, cost, encoder, step
 from ernie_jax.config import Architecture, Data, Model, Train, Weights
 
 SMALL = Architecture(vocabulary=50, width=4, layers=2, heads=2, inner=8)
@@ -17,8 +17,13 @@ DATA = Data(query_length=4, passage_length=6)  # pairs of 9
 LIST = Train(batch=2, negatives=2)  # a pool of 6
 
 
+def rows(train, data=DATA):
+  return batches.layout(data, train, 1).rows(train.batch)
+
+
 def total(weights, model=MODEL, **train):
-  return cost.flops(SMALL, LARGE, model, dataclasses.replace(LIST, weights=weights, **train), DATA)
+  train = dataclasses.replace(LIST, weights=weights, **train)
+  return cost.flops(SMALL, LARGE, model, train, DATA, rows(train))
 
 
 # By hand: a layer's products over one token, then over the row's tokens, times tokens.
@@ -57,8 +62,8 @@ def test_the_sum_by_hand(weights, train, expected):
 def test_heads_follow_the_configuration():
   ce, li = Weights.only(nll_ce=1), Weights.only(nll_li=1)
   assert total(ce) - total(ce, Model(teacher_pooler=False)) == 3 * POOLER
-  shared = cost.flops(SMALL, LARGE, Model(share_encoder=True), dataclasses.replace(LIST, weights=ce), DATA)
-  assert shared == cost.flops(SMALL, SMALL, Model(), dataclasses.replace(LIST, weights=ce), DATA)
+  shared = cost.flops(SMALL, LARGE, Model(share_encoder=True), dataclasses.replace(LIST, weights=ce), DATA, rows(LIST))
+  assert shared == cost.flops(SMALL, SMALL, Model(), dataclasses.replace(LIST, weights=ce), DATA, rows(LIST))
   assert total(li, Model(late_width=None)) == 3 * (STUDENT + 6 * 2 * 4 * 6 * 4)
 
 
@@ -89,7 +94,7 @@ def test_the_whole_step_agrees_with_xla():
   batch = jax.eval_shape(lambda: make_batch(b=8, k=4, lq=16, lp=32))
   key = jax.eval_shape(lambda: jax.random.key(0))
   state = jax.eval_shape(lambda key: step.init_state(step.init_params(model, a, a, key), model, train), key)
-  ours = cost.flops(a, a, model, train, data)
+  ours = cost.flops(a, a, model, train, data, rows(train, data))
   assert ours <= counted(step.make_train_step(model, train).lower(state, batch, key)) < 1.06 * ours
 
 

@@ -15,7 +15,8 @@ encode = jax.jit(lambda rows, noise=None: ENCODER(rows, noise))
 
 
 def noise(seed: int, numbers: list[int] | np.ndarray) -> Noise:
-  return Noise(seeds(jax.random.key(seed), TINY.layers + 1, 3), jnp.asarray(numbers, jnp.uint32))
+  texts = jnp.asarray(numbers, jnp.uint32)
+  return Noise(seeds(jax.random.key(seed), TINY.layers + 1, 3), texts, jnp.zeros_like(texts))
 
 
 def rows(texts: list[list[np.ndarray]], length: int) -> Rows:
@@ -71,15 +72,20 @@ def test_dropout_is_fair_and_independent_between_rows_places_and_seeds():
   """Shares and correlations within five standard errors of a fair coin's, for rows and places that are neighbours."""
   rate, (n, m) = 0.1, (400, 2500)
   words = lambda *x: jnp.array(x, jnp.uint32)
-  drops = lambda seed: np.asarray(drop(jnp.ones((n, m)), rate, Noise(words(seed, 9), jnp.arange(n, dtype=jnp.uint32))))
+  texts, place = jnp.divmod(jnp.arange(n, dtype=jnp.uint32), 20)
+  drops = lambda seed: np.asarray(drop(jnp.ones((n, m)), rate, Noise(words(seed, 9), texts, place)))
   np.testing.assert_allclose(np.unique(drops(0)), [0, 1 / 0.9], rtol=1e-6)
   one, other = drops(0) == 0, drops(1) == 0
   error = 5 * np.sqrt(rate * (1 - rate))
   assert abs(one.mean() - rate) < error / np.sqrt(n * m)
   assert np.abs(one.mean(0) - rate).max() < error * 1.2 / np.sqrt(n)
   assert np.abs(one.mean(1) - rate).max() < error * 1.2 / np.sqrt(m)
-  pairs = {"seeds": (one, other), "rows": (one[1:], one[:-1]), "places": (one[:, 1:], one[:, :-1])}
-  pairs |= {"rows far apart": (one[256:], one[:-256]), "places a power of 2 apart": (one[:, 1024:], one[:, :-1024])}
+  pairs = {"seeds": (one, other), "tokens": (one[1:], one[:-1]), "places": (one[:, 1:], one[:, :-1])}
+  pairs |= {
+    "texts": (one[20:], one[:-20]),
+    "texts far apart": (one[320:], one[:-320]),
+    "places a power of 2 apart": (one[:, 1024:], one[:, :-1024]),
+  }
   for name, (a, b) in pairs.items():
     assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 5 / np.sqrt(a.size), name
 

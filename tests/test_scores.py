@@ -73,8 +73,9 @@ def test_in_bfloat16_the_queries_gradient_does_not_depend_on_the_number_of_turns
   """It is summed over the turns: in bfloat16, hundreds of turns would lose digits."""
   rng = np.random.default_rng(0)
   tokens = lambda *size: scores.unit(jnp.asarray(rng.normal(size=(*size, 16)), jnp.float32)).astype(jnp.bfloat16)
-  q = scores.Embeddings(jnp.zeros((4, 1)), jnp.ones((4, 6), bool), tokens(4, 6))
-  p = scores.Embeddings(jnp.zeros((512, 1)), jnp.ones((512, 9), bool), tokens(512, 9))
+  there = lambda *size: jnp.ones(size, bool)
+  q = scores.Embeddings(jnp.zeros((4, 1)), there(4, 6), there(4, 6), tokens(4, 6))
+  p = scores.Embeddings(jnp.zeros((512, 1)), there(512, 9), there(512, 9), tokens(512, 9))
   weight = jnp.asarray(rng.normal(size=(4, 512)), jnp.float32)
   found = []
   for turn in (512, 1):
@@ -151,10 +152,10 @@ def test_pair_attention_reads_the_same_tokens(tiny_params):
   _, params = tiny_params
   batch = make_batch()
   _, attention = jax.jit(lambda p, r: scores.cross(p, r, None))(params, batch.pairs)
+  got = np.asarray(scores.pair_attention(attention, batch.pairs, batch.passages, 6)).reshape(8, 3, 6, 9)
   attention = np.asarray(attention).reshape(8, 3, *attention.shape[1:])
-  got = np.asarray(scores.pair_attention(jnp.asarray(attention), batch.queries, batch.passages.tokens.shape[1]))
-  query_content = np.asarray(scores.content(batch.queries, SPECIAL))
-  passage_content = np.asarray(scores.content(batch.passages, SPECIAL)).reshape(8, 3, -1)
+  content = lambda rows: (np.asarray(rows.segments) > 0) & ~np.isin(rows.tokens, SPECIAL)
+  query_content, passage_content = content(batch.queries), content(batch.passages).reshape(8, 3, -1)
   compared = 0
   for i in range(8):
     for j in range(3):
@@ -169,9 +170,11 @@ def test_pair_attention_reads_the_same_tokens(tiny_params):
   assert compared > 200
 
 
-def test_special_tokens_are_no_content():
+def test_special_tokens_are_no_content(tiny_params):
+  model, params = tiny_params
   rows = jax.tree.map(jnp.asarray, make_rows(rng, [[np.array([7, 8], np.int32)]], 6))
-  np.testing.assert_array_equal(scores.content(rows, SPECIAL), [[False, True, True, False, False, False]])
+  e = jax.jit(lambda s: scores.embed(s, model, rows, None, query=True))(params["student"])
+  np.testing.assert_array_equal(e.content, [[False, True, True, False, False, False]])
 
 
 def test_what_no_term_asks_for_is_not_scored(tiny_params):

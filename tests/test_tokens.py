@@ -1,11 +1,13 @@
 """Tokenizer and token store: round trips, reuse, and files cut short."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ernie_jax import tokens
+from ernie_jax import config, tokens
 from ernie_jax.config import UserError
 
 TEXTS = ["Pad an array with zeros.", "Return the sum of all elements.", "", "pad, pad, pad"]
@@ -65,38 +67,69 @@ def test_a_directory_without_a_usable_tokenizer(tmp_path, damage):
   assert "\n" not in str(error.value)
 
 
-def test_store_holds_every_text(tokenizer, tmp_path):
-  store = tokens.build(tmp_path / "s", TEXTS, tokenizer, block=2)
+def dataset(texts, fingerprint="f", titles=None):
+  corpus = SimpleNamespace(titles=titles, texts=texts, passages=texts)
+  return SimpleNamespace(corpus=corpus, queries={"dev": SimpleNamespace(texts=texts[:2])}, fingerprint=fingerprint)
+
+
+def test_store_holds_every_text(tokenizer, tmp_path, monkeypatch):
+  monkeypatch.setattr(tokens, "BLOCK", 2)
+  data = config.Data(cache=str(tmp_path))
+  store = tokens.store(dataset(TEXTS), "corpus", tokenizer, data)
   memory = tokens.in_memory(TEXTS, tokenizer)
   assert len(store) == len(TEXTS)
-  assert store.tokens.dtype == np.uint16
+  assert store.values.dtype == np.uint16
   for row, piece in enumerate(tokenizer.encode(TEXTS)):
     np.testing.assert_array_equal(store[row], piece)
     np.testing.assert_array_equal(memory[row], piece)
   np.testing.assert_array_equal(store.lengths, memory.lengths)
+  assert len(tokens.store(dataset(TEXTS), "dev", tokenizer, data)) == 2
 
 
-def test_store_of_nothing(tokenizer, tmp_path):
-  assert len(tokens.build(tmp_path / "s", [], tokenizer)) == 0
-  assert tokens.build(tmp_path / "t", [""], tokenizer).lengths.tolist() == [0]
+@pytest.mark.parametrize("texts", [[], [""]])
+def test_store_of_nothing(tokenizer, tmp_path, texts):
+  found = tokens.store(dataset(texts), "corpus", tokenizer, config.Data(cache=str(tmp_path)))
+  assert found.lengths.tolist() == [0] * len(texts)
 
 
-def test_store_is_reused_when_equal_and_made_anew_when_not(tokenizer, tmp_path):
-  tokens.build(tmp_path / "s", TEXTS, tokenizer)
-  stamp = (tmp_path / "s" / "tokens.bin").stat().st_mtime_ns
-  tokens.build(tmp_path / "s", TEXTS, tokenizer)
-  assert (tmp_path / "s" / "tokens.bin").stat().st_mtime_ns == stamp
-  changed = tokens.build(tmp_path / "s", [*TEXTS[:3], "zeros"], tokenizer)
-  np.testing.assert_array_equal(changed[3], tokenizer.encode(["zeros"])[0])
-  assert not list(tmp_path.glob("*.writing-*"))
+def test_store_is_reused_when_equal_and_made_anew_when_not(tokenizer, tmp_path, monkeypatch):
+  """Another data set, another vocabulary or titles kept apart make another store."""
+  written = []
+  write = tokens.write
+  monkeypatch.setattr(tokens, "write", lambda *args: written.append(1) or write(*args))
+  data = config.Data(cache=str(tmp_path))
+  other = tokens.Tokenizer.train(TEXTS, 60)
+  for texts, name, own, settings in (
+    (TEXTS, "f", tokenizer, data),
+    ([*TEXTS[:3], "zeros"], "g", tokenizer, data),
+    (TEXTS, "f", other, data),
+    (TEXTS, "f", tokenizer, dataclasses.replace(data, template="rocketqa")),
+  ):
+    for _ in range(2):
+      made = tokens.store(dataset(texts, name), "corpus", own, settings)
+      before = len(written)
+    assert len(written) == before
+    assert len(made) == len(texts)
+  assert len(written) == 4
+  assert not list((tmp_path / "tokens").glob("*.writing-*"))
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "store.json"])
-@pytest.mark.parametrize("size", [0, 7])
-def test_a_store_cut_short_is_made_anew(tokenizer, tmp_path, name, size):
-  tokens.build(tmp_path / "s", TEXTS, tokenizer)
-  path = tmp_path / "s" / name
-  path.write_bytes(path.read_bytes()[:size])
-  store = tokens.build(tmp_path / "s", TEXTS, tokenizer)
-  for row, piece in enumerate(tokenizer.encode(TEXTS)):
-    np.testing.assert_array_equal(store[row], piece)
+def test_a_store_cut_short_is_made_anew(tokenizer, tmp_path):
+  data = config.Data(cache=str(tmp_path))
+  tokens.store(dataset(TEXTS), "corpus", tokenizer, data)
+  (folder,) = (tmp_path / "tokens").iterdir()
+  for path in sorted(folder.iterdir()):
+    path.write_bytes(path.read_bytes()[:7])
+    store = tokens.store(dataset(TEXTS), "corpus", tokenizer, data)
+    for row, piece in enumerate(tokenizer.encode(TEXTS)):
+      np.testing.assert_array_equal(store[row], piece)
+
+
+def test_titles_are_kept_apart_by_a_sep_that_no_text_can_forge(tokenizer, tmp_path):
+  data = config.Data(cache=str(tmp_path), template="rocketqa")
+  own = dataset(["pad an [SEP] array", "zeros"], titles=["array [SEP]", ""])
+  store = tokens.store(own, "corpus", tokenizer, data)
+  title, text, other = tokenizer.encode(["array [SEP]", "pad an [SEP] array", "zeros"])
+  assert tokenizer.sep not in np.concatenate([title, text])
+  assert store[0].tolist() == [*title, tokenizer.sep, *text]
+  assert store[1].tolist() == [tokenizer.sep, *other]

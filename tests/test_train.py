@@ -12,7 +12,7 @@ import processes
 import pytest
 from conftest import TINY, distance
 
-from ernie_jax import batches, config, mesh, step, tokens
+from ernie_jax import batches, columns, config, mesh, step, tokens
 from ernie_jax import train as loop
 from ernie_jax.config import Interrupted, Optimizer, Train, UserError
 
@@ -43,7 +43,8 @@ def texts():
   tokenizer = tokens.Tokenizer.train(queries + passages, 80)
   store = lambda texts: tokens.in_memory(texts, tokenizer)
   one = [np.array([i]) for i in range(20)]
-  return batches.Texts(store(queries), store(passages), np.arange(20), one, [x[:0] for x in one], tokenizer)
+  none = columns.ragged([x[:0] for x in one])
+  return batches.Texts(store(queries), store(passages), np.arange(20), columns.ragged(one), none, tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_tensorboard_has_terms_weights_rate_and_speed(whole):
 
 
 def test_rates_count_every_token_that_is_computed(texts):
-  batch = next(batches.batches(texts, DATA, STAGE, 0))
+  batch = next(batches.batches(texts, DATA, STAGE, 0, batches.layout(DATA, STAGE, 8)))
   found = loop.rates(batch, STAGE, 2.0, 1e9)
   pairs, passages, queries = 16 * DATA.pair_length, 16 * DATA.passage_length, 8 * DATA.query_length
   assert found["tokens_per_second"] == (pairs + passages + queries) / 2
