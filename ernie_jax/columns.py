@@ -32,6 +32,9 @@ class Ragged:
   def __getitem__(self, row: int) -> np.ndarray:
     return self.values[self.offsets[row] : self.offsets[row + 1]]
 
+  def __iter__(self) -> Iterator[np.ndarray]:
+    return (self[row] for row in range(len(self)))
+
   @property
   def lengths(self) -> np.ndarray:
     """[N] how long each row is."""
@@ -149,7 +152,7 @@ class Lookup:
     wanted = np.fromiter(map(number, strings), np.uint64, len(strings))
     rows = np.full(len(strings), -1, np.int64)
     first, last = (np.searchsorted(self.hashes, wanted, side) for side in ("left", "right"))
-    for i in np.flatnonzero(last > first):
+    for i in np.flatnonzero(last > first).tolist():
       for row in self.order[first[i] : last[i]].tolist():  # more than one only where hashes collide
         if self.strings[row] == strings[i]:
           rows[i] = row
