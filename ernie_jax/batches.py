@@ -163,12 +163,6 @@ class Texts:
   tokenizer: Tokenizer
 
 
-def identities(passages: Sequence[str]) -> np.ndarray:
-  """[N] the row of each passage's first copy."""
-  first: dict[str, int] = {}
-  return np.array([first.setdefault(text, row) for row, text in enumerate(passages)], np.int32)
-
-
 def choose(texts: Texts, query: int, negatives: int, rng: np.random.Generator) -> np.ndarray:
   """[1 + negatives] passage rows: one positive, then hard negatives, filled up with random passages.
 

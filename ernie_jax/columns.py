@@ -32,6 +32,9 @@ class Ragged:
   def __getitem__(self, row: int) -> np.ndarray:
     return self.values[self.offsets[row] : self.offsets[row + 1]]
 
+  def __iter__(self) -> Iterator[np.ndarray]:
+    return (self[row] for row in range(len(self)))
+
   @property
   def lengths(self) -> np.ndarray:
     """[N] how long each row is."""

@@ -68,8 +68,8 @@ def write(path: Path, content: bytes | str | Iterable[str]) -> None:
 class Data:
   """Which texts, and how much of each is read."""
 
-  name: Literal["docstrings", "jsonl"] = "docstrings"
-  folder: str = ""  # jsonl: where corpus.jsonl, train.jsonl, dev.jsonl and test.jsonl lie
+  name: Literal["docstrings", "jsonl", "msmarco", "dpr", "beir", "dureader", "squad"] = "docstrings"
+  folder: str = ""  # where the files lie: all data sets but docstrings
   packages: tuple[str, ...] = (
     "python",
     "numpy",
@@ -80,6 +80,7 @@ class Data:
     "optax",
   )  # docstrings: whose
   cache: str = "~/.cache/ernie_jax"  # prepared data sets and downloaded weights, shared by all runs
+  skip_bad: int = 0  # most bad lines that are left out and counted; one more is an error
   query_length: int = 32  # tokens, special ones included
   passage_length: int = 128
   template: Literal["bert", "rocketqa"] = "bert"  # a passage: "title: text"; or title [SEP] text, the text of type 1
@@ -90,12 +91,13 @@ class Data:
   def __post_init__(self):
     check_choices(self, "data.")
     check(
-      bool(self.folder) == (self.name == "jsonl"),
+      bool(self.folder) == (self.name != "docstrings"),
       "data.folder",
       self.folder,
-      "is for data.name='jsonl', and needed there",
+      "is where the files of data.name lie: needed for every data set but docstrings, which has none",
     )
     check(len(self.packages) > 0, "data.packages", self.packages, "name at least one package, such as python")
+    check(self.skip_bad >= 0, "data.skip_bad", self.skip_bad, "must be 0 or more")
     for field in ("query_length", "passage_length"):
       check(getattr(self, field) >= 4, f"data.{field}", getattr(self, field), "needs at least 4 tokens")
     check(self.pack is None or self.pack >= 1, "data.pack", self.pack, "use 128 to 512 tokens, or None for no packing")
@@ -313,8 +315,10 @@ class Mine:
 
   first: int = 1
   last: int = 30
+  use: Literal["mined", "given", "both"] = "mined"  # given: the data set's own; both: mined ones first
 
   def __post_init__(self):
+    check_choices(self, "mine.")
     check(1 <= self.first <= self.last, "mine.first", self.first, f"must lie in 1..mine.last={self.last}")
 
 

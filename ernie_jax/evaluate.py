@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -214,7 +214,7 @@ def words(text: str) -> list[str]:
   return [word.lower() for word in result]
 
 
-def bm25(passages: list[str], ids: list[str], queries: dict[str, str], depth: int) -> Run:
+def bm25(passages: Sequence[str], ids: Sequence[str], queries: dict[str, str], depth: int) -> Run:
   """The `depth` best passages of each query by BM25 (Lucene's form, k1 = 1.5, b = 0.75), English stems.
 
   Passages that share no word with the query are left out: a list can be shorter than `depth`, or empty.

@@ -8,7 +8,6 @@ result is read back. So the same command, given again, continues where it was st
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import json
@@ -256,8 +255,12 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
   say("prepare")
   data = datasets.load(settings.data)
   for split in ("train", "dev", "test"):
-    if not data.queries[split].ids:
+    if not len(data.queries[split].ids):
       raise UserError(f"data.name={settings.data.name!r}: no {split} queries; add packages or use a larger data set")
+  if settings.mine.use != "mined" and not data.queries["train"].negatives.lengths.any():
+    raise UserError(
+      f"mine.use={settings.mine.use!r}: the training queries bring no negatives; use 'mined', or add some to the data"
+    )
   student = start("model.start", settings.model.start, cache)
   own_teacher = bool(settings.model.teacher_start)
   teacher = start("model.teacher_start", settings.model.teacher_start, cache) if own_teacher else student
@@ -298,8 +301,8 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     if max(rate.dropout, rate.attention_dropout) == 0 and getattr(settings, name).weights.needs_twin:
       raise UserError(f"{name}.weights.dualreg_query: without dropout DualReg is 0; set its weights to 0")
   needed = max(getattr(settings, name).negatives for name in TRAINED)
-  most = max(len(own) for q in data.queries.values() for own in q.positives)
-  copies = max(collections.Counter(passages).values())
+  most = max(int(q.positives.lengths.max()) for q in data.queries.values())
+  copies = int(np.bincount(data.corpus.identity).max())
   if len(passages) < needed + most * copies:
     raise UserError(
       f"negatives={needed}: the corpus of {len(passages)} passages is too small for so many beside the positives"
@@ -312,12 +315,12 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     tokenizer,
     store("corpus"),
     {split: store(split) for split in data.queries},
-    batches.identities(passages),
+    data.corpus.identity,
   )
   if not known.is_file():
     rows = zip(data.corpus.ids, data.corpus.titles, data.corpus.texts)
     lines = (json.dumps({"id": i, "title": title, "text": text}) for i, title, text in rows)
-    config.write(place / "corpus.jsonl", "".join(line + "\n" for line in lines))
+    config.write(place / "corpus.jsonl", (line + "\n" for line in lines))
     for split in data.queries:
       evaluate.write_qrels(data.qrels(split), place / f"qrels.{split}.trec")
     sizes = {split: len(q.ids) for split, q in data.queries.items()}
@@ -393,7 +396,7 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
       current.queries["train"],
       current.passages,
       current.identity,
-      columns.ragged(positives(current, "train")),
+      current.data.queries["train"].positives,
       columns.ragged([np.zeros(0, int)] * len(current.queries["train"]) if negatives is None else negatives),
       current.tokenizer,
     )
@@ -424,7 +427,7 @@ def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:
   """
   e, dev = current.config.evaluate, current.data.queries["dev"]
   some = np.arange(min(e.dev_queries, len(dev.ids)))
-  needed = np.unique(np.concatenate([positives(current, "dev")[i] for i in some]))
+  needed = np.unique(dev.positives.take(some).values)
   order = np.random.default_rng(current.config.seed).permutation(len(current.passages))
   others = order[~np.isin(order, needed)][: e.dev_passages]
   chosen = np.sort(np.concatenate([needed, others]))
@@ -442,12 +445,6 @@ def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:
     return dual | {f"late.{name}": x for name, x in late.items()}
 
   return measure
-
-
-def positives(current: Run, split: str) -> list[np.ndarray]:
-  """Passage rows of each query's known positives."""
-  row = {name: i for i, name in enumerate(current.data.corpus.ids)}
-  return [np.array([row[name] for name in own], int) for own in current.data.queries[split].positives]
 
 
 def encode_corpus(current: Run, params: Params, place: Path) -> tuple[retrieval.Encoded, dict[str, float]]:
@@ -477,18 +474,28 @@ def mine(current: Run, params: Params, place: Path) -> dict[str, Any]:
   passages, dev = encode_corpus(current, params, place)
   queries = current.encode(params, current.queries["train"], "training queries", late=False)
   rows, values = retrieval.mine(
-    queries.vectors, passages.vectors, positives(current, "train"), current.identity, current.config.mine
+    queries.vectors,
+    passages.vectors,
+    list(current.data.queries["train"].positives),
+    current.identity,
+    current.config.mine,
   )
   current.write_run(current.as_run("train", values, rows), place / "negatives.trec", "mined")
   return {"dev": dev, "negatives_per_query": float(np.mean([len(r) for r in rows]))}
 
 
 def mined(current: Run) -> list[np.ndarray]:
-  """Passage rows of each training query's hard negatives, best first, from the run file."""
+  """Passage rows of each training query's hard negatives, best first: from the run file, or given (`mine.use`)."""
+  queries, use = current.data.queries["train"], current.config.mine.use
+  given = list(queries.negatives)
+  if use == "given":
+    return given
   run = evaluate.read_run(current.directory / "mine" / "negatives.trec")
-  row = {name: i for i, name in enumerate(current.data.corpus.ids)}
-  ranked = (evaluate.ranked(run.get(query, {})) for query in current.data.queries["train"].ids)
-  return [np.array([row[name] for name in names], int) for names in ranked]
+  ranked = (evaluate.ranked(run.get(query, {})) for query in queries.ids)
+  found = [current.data.corpus.lookup(names) for names in ranked]
+  if use == "mined":
+    return found
+  return [np.array([*dict.fromkeys([*own, *more])], int) for own, more in zip(found, given)]
 
 
 def check_teacher(current: Run, student_params: Params, teacher_params: Params) -> dict[str, Any]:

@@ -23,13 +23,13 @@ TRAIN = config.Train(steps=5, batch=8, negatives=2)
 def texts():
   tokenizer = tokens.Tokenizer.train(QUERIES + PASSAGES, 300)
   positives = [np.array([i]) for i in range(23)]
-  positives[4] = np.array([4, 23])  # row 24 has the text of row 23
+  positives[4] = np.array([4, 23])
   negatives = [np.array([(i + 1) % 23, (i + 2) % 23, 25]) for i in range(23)]
   negatives[4] = np.array([24, 23, 4])  # nothing here may be served
   return batches.Texts(
     tokens.in_memory(QUERIES, tokenizer),
     tokens.in_memory(PASSAGES, tokenizer),
-    batches.identities(PASSAGES),
+    np.array([*range(24), 23, 25]),  # row 24 has the text of row 23
     columns.ragged(positives),
     columns.ragged(negatives),
     tokenizer,
@@ -42,10 +42,6 @@ def make(texts, data=DATA, train=TRAIN, seed=0, rows=None):
 
 def take(iterator, count):
   return [next(iterator) for _ in range(count)]
-
-
-def test_identities_name_the_first_copy():
-  assert batches.identities(["a", "b", "a", "c", "b"]).tolist() == [0, 1, 0, 3, 1]
 
 
 def test_rows_are_laid_out_as_bert_reads_them(texts):

@@ -32,9 +32,9 @@ def load(folder):
 
 def test_rows_come_back_as_they_are(folder):
   data = load(folder)
-  assert data.corpus.ids == ["p1", "p2"]
-  assert data.corpus.passages == ["Padding: Zeros around an array.", "Ünïcode, 中文."]
-  assert data.queries["train"].positives == [["p1", "p2"]]
+  assert list(data.corpus.ids) == ["p1", "p2"]
+  assert list(data.corpus.passages) == ["Padding: Zeros around an array.", "Ünïcode, 中文."]
+  assert [own.tolist() for own in data.queries["train"].positives] == [[0, 1]]
   assert data.qrels("test") == {"q3": {"p1": 1}}
   assert load(folder).fingerprint == data.fingerprint
 
@@ -45,13 +45,13 @@ def test_a_changed_file_is_another_data_set(folder):
   path.write_text(path.read_text().replace("what", "which"))
   after = load(folder)
   assert after.fingerprint != before
-  assert after.queries["dev"].texts == ["which?"]
+  assert after.queries["dev"].texts[:] == ["which?"]
 
 
 def test_a_byte_order_mark_and_windows_lines_are_read(folder):
   path = folder / "train.jsonl"
   path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-  assert load(folder).queries["train"].texts == ["pad?"]
+  assert load(folder).queries["train"].texts[:] == ["pad?"]
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_a_byte_order_mark_and_windows_lines_are_read(folder):
     ("corpus", b'{"id": 3, "text": "x"}', '"id" is 3'),
     ("corpus", b'{"id": "p 3", "text": "x"}', "white space"),
     ("corpus", b'{"id": "p3", "title": 1, "text": "x"}', '"title" is 1'),
-    ("corpus", b'{"id": "p1", "text": "x"}', "already that of line 1"),
+    ("corpus", b'{"id": "p1", "text": "x"}', "already that of"),
     ("train", b'{"id": "q9", "text": "x"}', '"positives" is None'),
     ("train", b'{"id": "q9", "text": "x", "positives": []}', '"positives" is []'),
     ("train", b'{"id": "q9", "text": "x", "positives": "p1"}', "\"positives\" is 'p1'"),
-    ("train", b'{"id": "q9", "text": "x", "positives": ["p9"]}', "'p9' is not in corpus.jsonl"),
-    ("train", b'{"id": "q1", "text": "x", "positives": ["p1"]}', "already that of line 1"),
+    ("train", b'{"id": "q9", "text": "x", "positives": ["p9"]}', "'p9' is not in the corpus"),
+    ("train", b'{"id": "q1", "text": "x", "positives": ["p1"]}', "already that of"),
   ],
 )
 def test_a_bad_line_is_named(folder, name, line, says):

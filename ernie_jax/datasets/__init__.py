@@ -1,7 +1,9 @@
 """What all retrieval data sets share: one form of rows, one TFDS builder (no TensorFlow), one way to load.
 
-A source is one file beside this one; it says which rows there are. Everything else happens here: rows are
-written once, as array_record files in the cache, and read back in the order in which the source gave them.
+A source is one file beside this one; it says which rows there are (`rows.py` has their form and all checks that do
+not hang on a file's format, `files.py` the readers). Everything else happens here: rows are written once, as
+array_record files in the cache with an index beside them, and read back when they are asked for, in the order in which
+the source gave them. Loading takes no time and no memory to speak of, however large the corpus.
 """
 
 from __future__ import annotations
@@ -11,106 +13,209 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import importlib
 import io
-import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from ernie_jax import columns
 from ernie_jax.config import Data, UserError, first_line
+from ernie_jax.datasets.files import Bad
+from ernie_jax.datasets.rows import BLOCK, SPLITS, Index, Row, Rows, blocks, column, passages
+from ernie_jax.progress import SECONDS_BETWEEN_LINES, say
 
-SPLITS = ("train", "dev", "test")  # of the queries; the passages are the split "corpus"
+__all__ = ["SPLITS", "Corpus", "Dataset", "Queries", "RetrievalBuilder", "Row", "Rows", "Settings", "load"]
 
-
-class Row(NamedTuple):
-  """A passage (title and text) or a query (text, and the ids of the passages that answer it)."""
-
-  id: str
-  title: str
-  text: str
-  positives: tuple[str, ...] = ()
+PER_FILE = 2**20  # rows of an array_record file
 
 
-Rows = dict[str, Iterable[Row]]  # "corpus", "train", "dev", "test" -> rows
+class Texts(Sequence[str]):
+  """N texts, each made of a row of a prepared split: read when they are asked for, `BLOCK` at a time in a loop."""
+
+  def __init__(self, source: Any, make: Callable[[dict[str, Any]], str], place: Path):
+    self.source, self.make, self.place = source, make, place
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, row: Any) -> Any:
+    """One text, or the list of a slice."""
+    if isinstance(row, slice):
+      return self._read(range(*row.indices(len(self))))
+    if not -len(self) <= row < len(self):
+      raise IndexError(row)
+    return self._read([int(row) % len(self)])[0]
+
+  def __iter__(self) -> Iterator[str]:
+    for begin in range(0, len(self), BLOCK):
+      yield from self[begin : begin + BLOCK]
+
+  def _read(self, rows: Sequence[int]) -> list[str]:
+    if not len(rows):
+      return []
+    try:
+      return [self.make(row) for row in self.source.__getitems__(list(rows))]
+    except Exception as error:  # the array_record reader and TFDS raise errors of many types
+      raise _damaged(self.place, error) from error
+
+
+def _title(row: dict[str, Any]) -> str:
+  return row["title"].decode()
+
+
+def _text(row: dict[str, Any]) -> str:
+  return row["text"].decode()
+
+
+def passage(title: str, text: str) -> str:
+  """A passage as an encoder reads it: "title: text", or the text alone if it has no title."""
+  return f"{title}: {text}" if title else text
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-  """N passages: three lists of the same length."""
+  """N passages: sequences of the same length."""
 
-  ids: list[str]
-  titles: list[str]
-  texts: list[str]
+  ids: Sequence[str]
+  titles: Sequence[str]
+  texts: Sequence[str]
+  identity: np.ndarray  # int32 [N]: the row of the first passage with the same title and text
+  lookup: columns.Lookup  # ids -> rows
 
   @functools.cached_property
-  def passages(self) -> list[str]:
-    """Each passage as an encoder reads it: "title: text", or the text alone if it has no title."""
-    return [f"{title}: {text}" if title else text for title, text in zip(self.titles, self.texts)]
+  def passages(self) -> Sequence[str]:
+    """Each passage as an encoder reads it."""
+    if isinstance(self.texts, Texts):
+      return Texts(self.texts.source, lambda row: passage(_title(row), _text(row)), self.texts.place)
+    return [passage(title, text) for title, text in zip(self.titles, self.texts)]
+
+  @classmethod
+  def of(cls, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str]) -> Corpus:
+    """A few passages, in memory."""
+    first: dict[tuple[str, str], int] = {}
+    identity = [first.setdefault(each, row) for row, each in enumerate(zip(titles, texts))]
+    return cls(ids, titles, texts, np.array(identity, np.int32), columns.Lookup.of(ids))
 
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-  """The queries of a split: three lists of the same length; `positives` are passage ids, one or more each."""
+  """The queries of a split: sequences of the same length; of each, rows of passages (int32) in the data set's order."""
 
-  ids: list[str]
-  texts: list[str]
-  positives: list[list[str]]
+  ids: Sequence[str]
+  texts: Sequence[str]
+  positives: columns.Ragged  # one or more each: the passages that answer it
+  negatives: columns.Ragged  # passages that the data set brings as hard negatives; may be none
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """A corpus, the queries of train, dev and test, and a fingerprint of them all (16 hex digits)."""
+  """A corpus, the queries of train, dev and test, a fingerprint of them all (16 hex digits), and what was left out."""
 
   corpus: Corpus
   queries: dict[str, Queries]
   fingerprint: str
+  summary: dict[str, Any] = dataclasses.field(default_factory=dict)  # "folder", "rows", "skipped", "left_out"
 
   def qrels(self, split: str) -> dict[str, dict[str, int]]:
     """{query id: {passage id: 1}} of train, dev or test."""
-    queries = self.queries[split]
-    return {query: dict.fromkeys(own, 1) for query, own in zip(queries.ids, queries.positives)}
+    queries, ids = self.queries[split], self.corpus.ids
+    return {query: {ids[row]: 1 for row in own.tolist()} for query, own in zip(queries.ids, queries.positives)}
+
+
+@dataclasses.dataclass(eq=False)
+class Settings(tfds.core.BuilderConfig):
+  """What a data set is made from; `name` changes whenever that does."""
+
+  data: Data = dataclasses.field(default_factory=Data)
 
 
 class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
   """A TFDS builder whose subclass only says what its rows are."""
 
-  VERSION = tfds.core.Version("1.0.0")
+  VERSION = tfds.core.Version("2.0.0")
   # TFDS would seek checksums of downloads beside the code, through a package that it does not install.
   code_path = None
 
   @abc.abstractmethod
-  def rows(self) -> Rows:
-    """The rows of every split, always in the same order. Ids are unique within a split."""
+  def rows(self, bad: Bad) -> Rows:
+    """The rows of every split, always in the same order, the corpus first; lines that are no rows go to `bad`.
+
+    Of a row a source checks no more than it must to make one: `rows.Index` does the rest.
+    """
+
+  @classmethod
+  def make(cls, data: Data, directory: Path, name: str, description: str = "") -> RetrievalBuilder:
+    """The builder of these settings with its files below `directory`; `name` names what it reads."""
+    name += f"-skip{data.skip_bad}" if data.skip_bad else ""
+    config = Settings(name=name, description=description or data.folder, data=data)
+    return cls(data_dir=str(directory), config=config, file_format="array_record")
+
+  @property
+  def data(self) -> Data:
+    return self.builder_config.data
 
   def _info(self) -> tfds.core.DatasetInfo:
     text = tfds.features.Text()
-    features = {"id": text, "title": text, "text": text, "positives": tfds.features.Sequence(text)}
-    # Keys are row numbers and nothing is shuffled: rows come back in their order.
+    ids = tfds.features.Sequence(text)
+    features = {"id": text, "title": text, "text": text, "positives": ids, "negatives": ids}
     return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
   def _split_generators(self, dl_manager) -> dict:
-    splits = {}
-    for split, rows in self.rows().items():
-      rows = iter(rows)
-      # TFDS cannot write a split without rows; a split that is not there is read as empty.
-      if (first := next(rows, None)) is not None:
-        splits[split] = self._generate_examples(itertools.chain([first], rows))
-    return splits
+    bad = Bad(self.data.skip_bad)
+    self.index = Index(Path(self.data_dir) / "index", bad)
+    rows = self.rows(bad)
+    return {split: self._generate_examples(split, rows[split]) for split in ("corpus", *SPLITS)}
 
-  def _generate_examples(self, rows: Iterable[Row]) -> Iterator[tuple[int, dict]]:
-    for number, row in enumerate(rows):
-      yield number, {**row._asdict(), "positives": list(row.positives)}
+  def _generate_examples(self, split: str, rows: Iterable[Row]) -> Iterator[tuple[int, dict]]:
+    said = time.monotonic()
+    for number, row in enumerate(self.index(split, rows)):
+      example = row._asdict() | {"positives": list(row.positives), "negatives": list(row.negatives)}
+      del example["where"]
+      yield number, example
+      if time.monotonic() - said > SECONDS_BETWEEN_LINES:
+        said = time.monotonic()
+        say(f"  {split}: {number + 1} rows")
+
+  def _download_and_prepare(self, dl_manager, download_config=None) -> None:
+    """Writes rows as they come.
+
+    TFDS's own way keeps a gigabyte of a split in memory to sort it, and beyond that needs TensorFlow. Here rows are in
+    order already.
+    """
+    info = self._info()  # of the temporary folder, which TFDS renames when all is there
+    writer = tfds.core.SequentialWriter(info, PER_FILE, file_format="array_record")
+    for split, examples in self._split_generators(dl_manager).items():
+      for block in blocks(examples, BLOCK):
+        writer.initialize_splits([split], fail_if_exists=False)  # a split without rows would have no files
+        writer.add_examples({split: [example for _, example in block]})
+      writer.close_splits([split] if split in info.splits else [])
+      if split == "corpus" and split not in info.splits:
+        raise UserError(f"data.name={self.data.name!r}: no passages; name a folder that has some, or other packages")
+    self.info.set_splits(info.splits)
+    self.index.close()
+    about: dict[str, Any] = {
+      "fingerprint": self.index.digest.hexdigest()[:16],
+      "rows": self.index.counts,
+      "skipped": dict(self.index.bad.skipped),
+      "left_out": dict(self.index.bad.left_out),
+      "sizes": {path.name: path.stat().st_size for path in Path(self.data_dir).glob("*.array_record*")},
+    }
+    (self.index.directory / "about.json").write_text(json.dumps(about, indent=2))
+    for what, counts in (("skipped", about["skipped"]), ("left out", about["left_out"])):
+      if counts:
+        say(f"  {what}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}")
 
 
 def load(data: Data) -> Dataset:
-  """Reads the data set from the cache; prepares it there first if need be.
+  """Opens the data set in the cache; prepares it there first if need be.
 
   Safe to kill and safe to run in several processes: one of them prepares into a temporary folder that is
   renamed when it is whole, the others wait. Raises a `UserError` if the data set cannot be made or written.
@@ -124,9 +229,11 @@ def load(data: Data) -> Dataset:
     try:
       return read(builder)
     except Exception as error:  # the array_record reader and TFDS raise errors of many types
-      raise UserError(
-        f"{builder.data_dir}: cannot be read ({first_line(error)}); delete this folder, and it is made anew"
-      ) from error
+      raise _damaged(Path(builder.data_dir), error) from error
+
+
+def _damaged(place: Path, error: Exception) -> UserError:
+  return UserError(f"{place}: cannot be read ({first_line(error)}); delete this folder, and it is made anew")
 
 
 def prepare(builder: RetrievalBuilder, directory: Path) -> None:
@@ -150,32 +257,26 @@ def prepare(builder: RetrievalBuilder, directory: Path) -> None:
 
 
 def read(builder: RetrievalBuilder) -> Dataset:
-  """The prepared data set of a builder, in the order of its rows."""
-  digest = hashlib.sha256()
-  columns: dict[str, list[list]] = {}
-  for split in ("corpus", *SPLITS):
-    columns[split] = [[], [], [], []]
-    for row in _rows(builder, split):
-      digest.update(json.dumps([split, *row]).encode())
-      for column, value in zip(columns[split], row):
-        column.append(value)
+  """The prepared data set of a builder, in the order of its rows. Raises whatever damaged files make happen."""
+  place = Path(builder.data_dir)
+  index = place / "index"
+  about = json.loads((index / "about.json").read_text())
+  for name, size in about["sizes"].items():
+    if (place / name).stat().st_size != size:
+      raise UserError(f"{name} is cut")
+  texts = lambda split, make: Texts(builder.as_data_source(split=split), make, place)
+  ids, lookup = passages(index / "corpus")
+  identity = np.load(index / "corpus" / "identity.npy", mmap_mode="r")
+  corpus = Corpus(ids, texts("corpus", _title), texts("corpus", _text), identity, lookup)
   queries = {}
   for split in SPLITS:
-    ids, _, texts, positives = columns[split]
-    queries[split] = Queries(ids, texts, positives)
-  return Dataset(Corpus(*columns["corpus"][:3]), queries, digest.hexdigest()[:16])
-
-
-def _rows(builder: RetrievalBuilder, split: str) -> Iterator[tuple[str, str, str, list[str]]]:
-  if split not in builder.info.splits:
-    return
-  source = builder.as_data_source(split=split)
-  for begin in range(0, len(source), 4096):
-    for row in source.__getitems__(range(begin, min(begin + 4096, len(source)))):
-      yield (
-        *(row[name].decode() for name in ("id", "title", "text")),
-        [each.decode() for each in row["positives"]],
-      )
+    if about["rows"].get(split):
+      named = (column(index / split / name) for name in ("ids", "positives", "negatives"))
+      queries[split] = Queries(columns.Strings(next(named)), texts(split, _text), *named)
+    else:
+      queries[split] = Queries([], [], columns.ragged([]), columns.ragged([]))
+  summary = {"folder": str(place), **{name: about[name] for name in ("rows", "skipped", "left_out")}}
+  return Dataset(corpus, queries, about["fingerprint"], summary)
 
 
 @contextlib.contextmanager

@@ -22,10 +22,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import tensorflow_datasets as tfds
-
 from ernie_jax.config import Data, UserError
 from ernie_jax.datasets import RetrievalBuilder, Row, Rows
+from ernie_jax.datasets.files import Bad
 from ernie_jax.progress import say
 
 CLEANING = 2  # raise it whenever a change below changes the rows: prepared data sets are then made anew
@@ -492,18 +491,12 @@ def make_rows(docs: Iterable[Doc]) -> Rows:
 # -------------------------------------------------------------------------------- the builder
 
 
-@dataclasses.dataclass(eq=False)
-class Packages(tfds.core.BuilderConfig):
-  """Whose docstrings."""
-
-  packages: tuple[str, ...] = ()
-
-
 class Docstrings(RetrievalBuilder):
-  """The docstrings of the packages in `builder_config.packages`."""
+  """The docstrings of the packages in `data.packages`."""
 
-  def rows(self) -> Rows:
-    files = [file for package in self.builder_config.packages for file in sources(package)]
+  def rows(self, bad: Bad) -> Rows:
+    packages = tuple(dict.fromkeys(self.data.packages))
+    files = [file for package in packages for file in sources(package)]
     modules, skipped = parse(files)
     say(f"  docstrings: {len(modules)} files parsed, {skipped} skipped")
     docs = name_docs(modules)
@@ -511,20 +504,18 @@ class Docstrings(RetrievalBuilder):
     sizes = ", ".join(f"{len(rows[split])} {split}" for split in ("train", "dev", "test"))
     say(f"  docstrings: {len(docs)} with public names, {len(rows['corpus'])} passages; queries: {sizes}")
     if not rows["corpus"]:
-      raise UserError(f"data.packages={self.builder_config.packages!r}: no usable docstrings: add a package")
+      raise UserError(f"data.packages={packages!r}: no usable docstrings: add a package")
     return dict(rows)
 
 
-def builder(data: Data, directory: Path) -> Docstrings:
+def builder(data: Data, directory: Path) -> RetrievalBuilder:
   """The builder for `data.packages`, with its files below `directory`.
 
   Its configuration is named after the installed versions, so an upgrade makes a new data set. Raises a
   `UserError` if a package is not installed.
   """
-  packages = tuple(dict.fromkeys(data.packages))
-  versions = [f"{package} {version(package)}" for package in packages]
+  versions = [f"{package} {version(package)}" for package in dict.fromkeys(data.packages)]
   # Minhash proposes which bodies are compared, and how it does may change with its version.
   parts = [f"cleaning {CLEANING}", f"datasketch {version('datasketch')}", *versions]
   name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-  config = Packages(name=name, description=", ".join(versions), packages=packages)
-  return Docstrings(data_dir=str(directory), config=config, file_format="array_record")
+  return Docstrings.make(data, directory, name, ", ".join(versions))

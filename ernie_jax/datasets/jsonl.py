@@ -1,105 +1,140 @@
-"""Your own data: a folder of JSON Lines files.
+"""Your own data: a folder of JSON Lines files (each may end in .gz or .zst).
 
   corpus.jsonl   {"id": "p1", "title": "optional", "text": "a passage"}
-  train.jsonl, dev.jsonl, test.jsonl   {"id": "q1", "text": "a query", "positives": ["p1", ...]}
+  train.jsonl, dev.jsonl, test.jsonl   {"id": "q1", "text": "a query", "positives": ["p1", ...], "negatives": [...]}
 
-Ids are strings without white space; every query has at least one positive, and every positive is in the corpus.
+Ids are strings without white space; every query has at least one positive; negatives are optional. A positive or a
+negative is the id of a passage, or a passage itself: {"title": ..., "text": ...}. Two other trainers' fields are read
+too, so that their files need no conversion:
+
+  Tevatron        {"query_id", "query", "positive_passages": [{"docid", "title", "text"}, ...], "negative_passages"}
+                  and a corpus of {"docid", "title", "text"}
+  FlagEmbedding   {"query": ..., "pos": ["a text", ...], "neg": [...]}
+
+With corpus.jsonl, every passage that a query names has to be in it. Without one, the corpus is made of the passages
+that the queries bring. A query without an id gets one from its file and line, a passage from its content.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-
 from ernie_jax.config import Data, UserError
-from ernie_jax.datasets import SPLITS, RetrievalBuilder, Row, Rows
+from ernie_jax.datasets import SPLITS, RetrievalBuilder, Row, Rows, files
+from ernie_jax.datasets.files import Bad
+from ernie_jax.datasets.rows import said
+
+ID = ("id", "docid", "_id")
+QUERY_ID = ("id", "query_id", "_id")
+QUERY = ("text", "query")
+POSITIVES = ("positives", "positive_passages", "pos")
+NEGATIVES = ("negatives", "negative_passages", "neg")
 
 
-@dataclasses.dataclass(eq=False)
-class Folder(tfds.core.BuilderConfig):
-  """A folder of JSON Lines files, named by their content."""
-
-  folder: Path = Path()
+class Wrong(ValueError):
+  """(kind, what is wrong and what to do)"""
 
 
 class Jsonl(RetrievalBuilder):
-  """The rows of a folder's four files, in their order."""
+  """The rows of a folder's files, in their order."""
 
-  def rows(self) -> Rows:
-    folder = self.builder_config.folder
-    passages = {row.id: row for row in read(folder / "corpus.jsonl", query=False)}
-    rows: Rows = {"corpus": list(passages.values())}
-    for split in SPLITS:
-      path = folder / f"{split}.jsonl"
-      rows[split] = queries = list(read(path, query=True))
-      for number, row in enumerate(queries, 1):
-        for positive in row.positives:
-          if positive not in passages:
-            raise UserError(f"{path}:{number}: positive {positive!r} is not in corpus.jsonl; add it there, or drop it")
+  def rows(self, bad: Bad) -> Rows:
+    corpus, splits = paths(self.data)
+    rows: Rows = {"corpus": passages(corpus, bad) if corpus else brought(splits, bad)}
+    for split, path in splits.items():
+      rows[split] = queries(path, split, bad)
     return rows
 
 
-def read(path: Path, query: bool) -> Iterator[Row]:
-  """The rows of one file. Whatever is wrong with a line is a `UserError` with `file:line`."""
-  try:
-    raw = path.read_bytes()
-  except OSError as error:
-    raise UserError(f"{path}: {error.strerror}; data.folder needs corpus, train, dev and test.jsonl") from error
-  lines = raw.removeprefix(b"\xef\xbb\xbf").splitlines()
-  if not lines:
-    raise UserError(f"{path}: is empty; at least one line is needed")
-  seen: dict[str, int] = {}
-  for number, line in enumerate(lines, 1):
+def passages(path: Path, bad: Bad) -> Iterator[Row]:
+  for where, found in files.json_lines(path, bad):
     try:
-      row = parse(line, query)
-    except ValueError as error:
-      raise UserError(f"{path}:{number}: {error}") from error
-    if row.id in seen:
-      raise UserError(f"{path}:{number}: id {row.id!r} is already that of line {seen[row.id]}; ids must differ")
-    seen[row.id] = number
-    yield row
+      name, title = one(found, ID, "", True), one(found, ("title",), "", False)
+      yield Row(name, title, one(found, ("text",), "", True), where=where)
+    except Wrong as error:
+      bad(error.args[0], where, error.args[1])
 
 
-def parse(line: bytes, query: bool) -> Row:
-  """One row; `ValueError` says what is wrong with it, and what to do."""
-  try:
-    found: Any = json.loads(line.decode())
-  except UnicodeDecodeError as error:
-    raise ValueError(f"byte {error.start} is not UTF-8; convert the file") from error
-  except (ValueError, RecursionError) as error:
-    raise ValueError(f"not a JSON object ({error}); one object a line is needed") from error
-  if not isinstance(found, dict):
-    raise ValueError(f"a JSON {type(found).__name__}, not an object; one object a line is needed")
-  for name, needed in (("id", True), ("title", False), ("text", True)):
-    value = found.get(name, None if needed else "")
-    if not isinstance(value, str) or (needed and not value.strip()):
-      raise ValueError(f'"{name}" is {value!r}; a{" non-empty" if needed else ""} string is needed')
-  if found["id"].split() != [found["id"]]:
-    raise ValueError(f"id {found['id']!r} holds white space, which separates columns of run files; rename it")
-  if not query:
-    return Row(found["id"], found.get("title", ""), found["text"])
-  positives = found.get("positives")
-  if not isinstance(positives, list) or not positives or not all(isinstance(each, str) for each in positives):
-    raise ValueError(f'"positives" is {positives!r}; a list of at least one passage id is needed')
-  return Row(found["id"], "", found["text"], tuple(dict.fromkeys(positives)))
+def queries(path: Path, split: str, bad: Bad) -> Iterator[Row]:
+  for where, text, name, positives, negatives in records(path, split, bad):
+    yield Row(name, "", text, tuple(map(reference, positives)), tuple(map(reference, negatives)), where)
 
 
-def builder(data: Data, directory: Path) -> Jsonl:
-  """The builder for the files in `data.folder`, with its own below `directory`; changed files make a new data set."""
+def brought(splits: dict[str, Path], bad: Bad) -> Iterator[Row]:
+  """The passages that queries bring, where there is no corpus: each once."""
+  for split, path in splits.items():
+    for where, _, _, positives, negatives in records(path, split, bad):
+      for passage in (*positives, *negatives):
+        if isinstance(passage, str):
+          text = f"passage {passage!r} is named by its id, and there is no corpus.jsonl; add it, or give the passages"
+          raise UserError(f"{where}: {text}")
+        name, title, text = passage
+        yield Row(name or str(said(title, text)).strip(), title, text, where=where)
+
+
+def reference(passage: Any) -> str:
+  """What the base finds a passage by: its id, or else what it says."""
+  if isinstance(passage, str):
+    return passage
+  name, title, text = passage
+  return name or said(title, text)
+
+
+def records(path: Path, split: str, bad: Bad) -> Iterator[tuple[str, str, str, list[Any], list[Any]]]:
+  """(where, text, id, positives, negatives) of the lines of a file; a passage is an id, or (id or "", title, text)."""
+  for where, found in files.json_lines(path, bad):
+    try:
+      name = one(found, QUERY_ID, f"{split}-{where.rsplit(':', 1)[1]}", True)
+      text = one(found, QUERY, "", True)
+      positives, negatives = listed(found, POSITIVES), listed(found, NEGATIVES)
+      if not positives:
+        field = next((field for field in POSITIVES if field in found), POSITIVES[0])
+        raise Wrong("query without positives", f'"{field}" is {found.get(field)!r:.80}; at least one passage is needed')
+    except Wrong as error:
+      bad(error.args[0], where, error.args[1])
+      continue
+    yield where, text, name, positives, negatives
+
+
+def one(found: dict[str, Any], names: tuple[str, ...], default: str, needed: bool) -> str:
+  """The string under the first of the names that is there."""
+  name = next((name for name in names if name in found), names[0])
+  value = found.get(name, default or ("" if not needed else None))
+  if not isinstance(value, str) or (needed and not value.strip()):
+    raise Wrong("wrong field", f'"{name}" is {value!r:.80}; a{" non-empty" if needed else ""} string is needed')
+  return value
+
+
+def listed(found: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
+  """The passages under the first of the names that is there; none if none is."""
+  field = next((name for name in names if name in found), None)
+  if field is None:
+    return []
+  if not isinstance(found[field], list):
+    raise Wrong("wrong field", f'"{field}" is {found[field]!r:.80}; a list of passages is needed')
+  texts = field in ("pos", "neg")
+  result: list[Any] = []
+  for each in found[field]:
+    if isinstance(each, str) and each.strip():
+      result.append(("", "", each) if texts else each)
+    elif isinstance(each, dict):
+      name = one(each, ID, "", False)
+      result.append((name, one(each, ("title",), "", False), one(each, ("text",), "", True)))
+    else:
+      raise Wrong("wrong field", f'"{field}" holds {each!r:.80}; ids or passages are needed')
+  return result
+
+
+def paths(data: Data) -> tuple[Path | None, dict[str, Path]]:
+  """corpus.jsonl if it is there, and the files of train, dev and test."""
   folder = Path(data.folder).expanduser()
-  digest = hashlib.sha256()
-  for name in ("corpus", *SPLITS):
-    try:
-      digest.update((folder / f"{name}.jsonl").read_bytes() + b"\0")
-    except OSError as error:
-      raise UserError(
-        f"{folder / name}.jsonl: {error.strerror}; data.folder needs corpus, train, dev and test"
-      ) from error
-  config = Folder(name=digest.hexdigest()[:16], description=str(folder), folder=folder)
-  return Jsonl(data_dir=str(directory), config=config, file_format="array_record")
+  splits = {split: files.need(folder, f"{split}.jsonl") for split in SPLITS}
+  return files.find(folder, "corpus.jsonl"), splits
+
+
+def builder(data: Data, directory: Path) -> RetrievalBuilder:
+  """The builder for the files in `data.folder`, with its own below `directory`; changed files make a new data set."""
+  corpus, splits = paths(data)
+  return Jsonl.make(data, directory, files.signature([*([corpus] if corpus else []), *splits.values()], "jsonl 1"))

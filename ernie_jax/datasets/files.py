@@ -1,0 +1,321 @@
+"""The files that data sets come as: opened, decompressed and cut into lines or JSON values, in bounded memory.
+
+Every value comes with where it stood ("file:line"). Damage to a line goes to the tally `Bad`, which skips as many
+lines as the user allows; damage to a whole file (cut, empty, not there) always ends in a `UserError`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import collections
+import csv
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ernie_jax.config import UserError, first_line
+
+LONGEST = 10 * 2**20  # bytes of a line, characters of an element of a JSON list: more is never held in memory
+SUFFIXES = ("", ".gz", ".zst")
+SMALL = 64 * 2**20  # files up to this size are named by their content
+CHUNK = 2**20
+
+
+class Bad:
+  """Tally of bad lines: up to `limit` are skipped and counted by kind, the next one is a `UserError`."""
+
+  def __init__(self, limit: int = 0):
+    self.limit = limit
+    self.skipped: collections.Counter[str] = collections.Counter()
+    self.left_out: collections.Counter[str] = collections.Counter()  # not bad, and not wanted: counted by the sources
+    self.places: set[str] = set()
+
+  def __call__(self, kind: str, where: str, text: str) -> None:
+    """Counts a bad line, whose reader then goes on; a file that is read twice has its bad lines counted once."""
+    if where in self.places:
+      return
+    if len(self.places) >= self.limit:
+      after = f" (after {len(self.places)} skipped: {self})" if self.places else ""
+      raise UserError(f"{where}: {text}; --skip-bad N (data.skip_bad) leaves out up to N bad lines{after}")
+    self.places.add(where)
+    self.skipped[kind] += 1
+
+  def __str__(self) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in self.skipped.items())
+
+
+# ---- Which files ---------------------------------------------------------------------------------------------------
+
+
+def find(folder: Path, *names: str) -> Path | None:
+  """The first of the names that is there, as it is or with .gz or .zst; whether it is a file shows when it is read."""
+  return next((p for name in names for suffix in SUFFIXES if (p := folder / (name + suffix)).exists()), None)
+
+
+def need(folder: Path, *names: str) -> Path:
+  """As `find`; a `UserError` if there is none."""
+  if not folder.is_dir():
+    raise UserError(f"data.folder={str(folder)!r}: no such folder; name the one with {names[0]}")
+  if (path := find(folder, *names)) is None:
+    raise UserError(f"{folder / names[0]}: no such file (nor with .gz or .zst); data.folder needs {' or '.join(names)}")
+  return path
+
+
+def signature(paths: Sequence[Path], *parts: object) -> str:
+  """16 hex digits that name files as they are now, and `parts`: a changed file makes another name.
+
+  A file of up to `SMALL` bytes counts by its name and content; to read 30 GB only for their name would take minutes, so
+  a larger one counts by name, size, time of change, and its first and last megabyte.
+  """
+  digest = hashlib.sha256(repr(parts).encode())
+  for path in paths:
+    try:
+      about = path.stat()
+      with open(path, "rb") as file:
+        digest.update(repr((path.name, about.st_size)).encode())
+        if about.st_size <= SMALL:
+          digest.update(file.read())
+          continue
+        digest.update(repr(about.st_mtime_ns).encode() + file.read(CHUNK))
+        file.seek(-CHUNK, 2)
+        digest.update(file.read())
+    except OSError as error:
+      raise _cannot(path, error) from error
+  return digest.hexdigest()[:16]
+
+
+def _cannot(path: Path, error: OSError) -> UserError:
+  what = "is a directory" if isinstance(error, IsADirectoryError) else f"cannot be read: {error.strerror or error}"
+  return UserError(f"{path}: {what}; a file is needed here")
+
+
+# ---- Bytes ---------------------------------------------------------------------------------------------------------
+
+
+def _unpacked(path: Path, file: BinaryIO) -> Iterator[bytes]:
+  if path.suffix == ".gz":
+    with gzip.open(file) as unpacked:
+      while chunk := unpacked.read(CHUNK):
+        yield chunk
+  elif path.suffix == ".zst":
+    import zstandard
+
+    # zstandard's reader of streams takes a cut file for a whole one: only this object says whether a frame ended.
+    # It has no bound on what it gives at once, hence the small pieces.
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    begun = False
+    while piece := file.read(2**13):
+      while piece:
+        if frame.eof:
+          frame = zstandard.ZstdDecompressor().decompressobj()
+        chunk, begun = frame.decompress(piece), True
+        piece = frame.unused_data if frame.eof else b""
+        if chunk:
+          yield chunk
+    if begun and not frame.eof:
+      raise EOFError("the last frame does not end")
+  else:
+    while chunk := file.read(CHUNK):
+      yield chunk
+
+
+def chunks(path: Path) -> Iterator[bytes]:
+  """A file's content in pieces, unpacked, without a byte order mark; `UserError` if it is damaged or empty."""
+  import zstandard
+
+  size = 0
+  try:
+    with open(path, "rb") as file:
+      for chunk in _unpacked(path, file):
+        # A first piece of less than three bytes is one of a file of less than three bytes, or of an odd zstd frame.
+        content = chunk if size else chunk.removeprefix(codecs.BOM_UTF8)
+        size += len(content)
+        if content:
+          yield content
+  except OSError as error:
+    if isinstance(error, gzip.BadGzipFile):
+      raise UserError(f"{path}: damaged ({first_line(error)}); get or make the file again") from error
+    raise _cannot(path, error) from error
+  except (EOFError, zlib.error, zstandard.ZstdError) as error:
+    raise UserError(f"{path}: damaged or cut short ({first_line(error)}); get or make the file again") from error
+  if not size:
+    raise UserError(f"{path}: is empty; at least one line is needed")
+
+
+# ---- Lines ---------------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path, bad: Bad) -> Iterator[tuple[str, str]]:
+  """(where, line without its end) of a UTF-8 text file, whose lines end in LF or CR LF."""
+  number = 1
+  rest = b""
+  long = False  # inside a line of which too much was read already
+
+  def decode(line: bytes) -> Iterator[tuple[str, str]]:
+    where = f"{path}:{number}"
+    if long or len(line) > LONGEST:
+      bad("line too long", where, f"more than {LONGEST} bytes in a line; is this the right file?")
+      return
+    try:
+      yield where, line.removesuffix(b"\r").decode()
+    except UnicodeDecodeError as error:
+      bad("not UTF-8", where, f"byte {error.start + 1} of the line is not UTF-8; convert the file")
+
+  for chunk in chunks(path):
+    *whole, rest = (rest + chunk).split(b"\n")
+    for line in whole:
+      yield from decode(line)
+      number, long = number + 1, False
+    if len(rest) > LONGEST:
+      rest, long = b"", True
+  if rest or long:
+    yield from decode(rest)
+
+
+def tsv(
+  path: Path, bad: Bad, columns: Sequence[int], header: Sequence[str] = (), quoted: bool = False
+) -> Iterator[tuple[str, list[str]]]:
+  """(where, cells) of lines of tab-separated columns, as many as one of `columns` says.
+
+  A first line that is `header` is left out. `quoted`: cells may stand in double quotes, doubled inside, as `csv` has
+  them; a cell ends on its line.
+  """
+  csv.field_size_limit(LONGEST)
+  wanted = " or ".join(map(str, columns))
+  for number, (where, line) in enumerate(lines(path, bad)):
+    cells = line.split("\t")
+    if quoted and '"' in line:
+      try:
+        cells = next(csv.reader([line], delimiter="\t", strict=True))
+      except csv.Error as error:
+        bad("wrong quotes", where, f"not a line of csv ({error}); double the quotes inside a quoted cell")
+        continue
+    if number == 0 and cells == list(header):
+      continue
+    if len(cells) not in columns:
+      bad("wrong number of columns", where, f"{len(cells)} columns, not {wanted}; separate them by tabs")
+      continue
+    yield where, cells
+
+
+def json_lines(path: Path, bad: Bad) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(where, object) of a file with a JSON object on each line."""
+  for where, line in lines(path, bad):
+    try:
+      found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+      bad("not JSON", where, f"not a JSON object ({first_line(error)}); one object a line is needed")
+      continue
+    if isinstance(found, dict):
+      yield where, found
+    else:
+      bad("not an object", where, f"a JSON {type(found).__name__}, not an object; one object a line is needed")
+
+
+# ---- JSON over many lines ------------------------------------------------------------------------------------------
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class _Text:
+  """The part of a file that is being read: `rest[at:]` is what comes next, on line `line`."""
+
+  def __init__(self, path: Path):
+    # Bytes that are no UTF-8 stay recognisable, so that an element which holds them can be named, and left out.
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+    self.chunks = (decoder.decode(chunk) for chunk in chunks(path))
+    self.rest, self.at, self.line = "", 0, 1
+
+  def more(self) -> bool:
+    """Reads on; whether there was anything."""
+    chunk = next(self.chunks, None)
+    self.rest, self.at = self.rest[self.at :] + (chunk or ""), 0
+    return chunk is not None
+
+  def move(self, to: int) -> None:
+    self.line += self.rest.count("\n", self.at, to)
+    self.at = to
+
+  def peek(self) -> str:
+    """The next character that is no white space; "" at the end of the file."""
+    while True:
+      space = _SPACE.match(self.rest, self.at)
+      assert space is not None
+      self.move(space.end())
+      if self.at < len(self.rest):
+        return self.rest[self.at]
+      if not self.more():
+        return ""
+
+
+def json_array(path: Path, bad: Bad) -> Iterator[tuple[str, dict[str, Any]]]:
+  """(where, object) of the elements of one JSON list, which may be far larger than memory."""
+  text = _Text(path)
+  decode = json.JSONDecoder().raw_decode
+
+  def broken(what: str) -> UserError:
+    return UserError(f"{path}:{text.line}: {what}; get or make the file again")
+
+  def step(closing: str) -> bool:
+    """Past "," or "]"; whether an element follows."""
+    if text.peek() == "]":
+      text.move(text.at + 1)
+      return False
+    if closing and text.peek() == closing:
+      text.move(text.at + 1)
+      return True
+    if closing:
+      raise broken("ends inside the JSON list" if text.peek() == "" else "no comma between elements of the JSON list")
+    return True
+
+  if text.peek() != "[":
+    raise broken("not a JSON list, which is needed here")
+  text.move(text.at + 1)
+  going = step("")
+  while going:
+    if text.peek() == "":
+      raise broken("ends inside the JSON list")
+    where = f"{path}:{text.line}"
+    while True:
+      try:
+        element, end = decode(text.rest, text.at)
+        # An element is whole when something stands behind it: a number could go on in the next piece.
+        if _SPACE.match(text.rest, end).end() < len(text.rest):  # type: ignore[union-attr]
+          break
+        error: Exception = ValueError("the JSON list does not end")
+      except (ValueError, RecursionError) as reason:
+        element, error = None, reason
+      if len(text.rest) - text.at > LONGEST:
+        raise broken(f"no element of a JSON list, or one of more than {LONGEST} characters ({first_line(error)})")
+      if not text.more():
+        raise broken(f"damaged or cut short: not JSON ({getattr(error, 'msg', first_line(error))})")
+    raw = text.rest[text.at : end]
+    text.move(end)
+    going = step(",")
+    if not raw.isascii() and re.search("[\udc80-\udcff]", raw):
+      bad("not UTF-8", where, "bytes in this element are not UTF-8; convert the file")
+    elif isinstance(element, dict):
+      yield where, element
+    else:
+      bad("not an object", where, f"a JSON {type(element).__name__}, not an object")
+  if text.peek():
+    raise broken("text behind the end of the JSON list")
+
+
+def json_document(path: Path) -> Any:
+  """A file that is one JSON value, read at once."""
+  raw = b"".join(chunks(path))
+  try:
+    return json.loads(raw.decode())
+  except UnicodeDecodeError as error:
+    line = raw.count(b"\n", 0, error.start) + 1
+    raise UserError(f"{path}:{line}: byte {error.start + 1} of the file is not UTF-8; convert the file") from error
+  except json.JSONDecodeError as error:
+    raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); get or make the file again") from error
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{path}:1: not JSON ({first_line(error)}); get or make the file again") from error
