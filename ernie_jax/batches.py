@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,8 +21,8 @@ from ernie_jax.encoder import Rows
 from ernie_jax.scores import Batch
 from ernie_jax.tokens import Tokenizer
 
-MARGIN = 0.02  # packed rows beyond what a unit needs on average
-SIMULATED = 4096  # passages whose lengths tell what a unit needs
+PATIENCE = 50  # examples put off for a place in a unit before packing gives up
+SIMULATED = 64  # units of examples that tell how many rows a unit needs
 
 
 def rows(
@@ -88,11 +87,15 @@ def first_fit(sizes: np.ndarray, length: int, count: int) -> np.ndarray | None:
 
   None if they do not all fit.
   """
-  if sizes.sum() > length * count:
+  order = np.argsort(-sizes, kind="stable")
+  large = int(np.count_nonzero(sizes > length // 2))  # no two of them share a row
+  if large > count or sizes.sum() > length * count:
     return None
   free = np.full(count, length)
   places = np.empty(len(sizes), np.int64)
-  for i in np.argsort(-sizes, kind="stable").tolist():
+  places[order[:large]] = np.arange(large) * length
+  free[:large] -= sizes[order[:large]]
+  for i in order[large:].tolist():
     size = sizes[i]
     row = (free >= size).argmax()
     if free[row] < size:
@@ -195,6 +198,61 @@ class Layout:
     return {tower: (self.count[tower] * batch // self.unit, self.length[tower]) for tower in TOWERS}
 
 
+@dataclasses.dataclass
+class Example:
+  """A query with its list, as drawn."""
+
+  number: int  # in the endless order of examples
+  query: int
+  passages: np.ndarray  # [K]
+  sizes: dict[str, np.ndarray]  # tokens, by tower
+
+
+@dataclasses.dataclass
+class Unit:
+  """Examples that are encoded together, and where their texts begin (None: a row for each)."""
+
+  examples: list[Example]
+  places: dict[str, np.ndarray] | None
+
+
+class Queue:
+  """Examples in their order, those that wait first."""
+
+  def __init__(self, draw: Callable[[int], Example]):
+    self.draw, self.next, self.waiting = draw, 0, collections.deque[Example]()
+
+  def take(self) -> Example:
+    if self.waiting:
+      return self.waiting.popleft()
+    self.next += 1
+    return self.draw(self.next - 1)
+
+  def unit(self, size: int, room: dict[str, tuple[int, int]]) -> Unit:
+    """The next `size` examples that fit together into `room`: rows and their tokens, by tower. Others wait."""
+    chosen = [self.take() for _ in range(size)]
+    late: list[Example] = []
+    places: dict[str, np.ndarray] = {}
+    while len(places) < len(room):
+      for tower, (count, length) in room.items():
+        found = first_fit(np.concatenate([e.sizes[tower] for e in chosen]), length, count)
+        if found is None:
+          if len(late) > PATIENCE * size:
+            raise UserError(
+              f"data.pack={length}: {count} rows of {tower} are too few for {size} queries that are packed together; "
+              "give a larger chunk, or a larger batch"
+            )
+          # The first stays: it may have waited before, and so none waits for ever.
+          largest = max(range(1, size), key=lambda i: chosen[i].sizes[tower].sum())
+          late.append(chosen.pop(largest))
+          chosen.append(self.take())
+          places = {}
+          break
+        places[tower] = found
+    self.waiting.extendleft(sorted(late, key=lambda e: -e.number))
+    return Unit(chosen, places)
+
+
 def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | None = None) -> Layout:
   """How batches are laid out over so many devices; packed, as the lengths of `texts` ask for (None: all the longest).
 
@@ -212,29 +270,26 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
     return Layout(unit, count, length, True)
   rng = np.random.default_rng(0)
   size = sizes(texts, data)
-  turns = max(4, SIMULATED // number["passages"])
-  needed: dict[str, list[int]] = {tower: [] for tower in TOWERS}
-  largest: dict[str, np.ndarray] = {}
-  for _ in range(turns):
-    drawn = [
-      size(q, choose(texts, q, train.negatives, rng)) for q in rng.integers(len(texts.queries), size=unit).tolist()
-    ]
-    for tower in TOWERS:
-      together = np.concatenate([own[tower] for own in drawn])
-      needed[tower].append(_rows_needed(together, length[tower]))
-  for tower in TOWERS:
-    largest[tower] = np.full(number[tower] // unit, longest[tower])
-  count = {
-    tower: max(math.ceil(np.mean(needed[tower]) * (1 + MARGIN)), _rows_needed(largest[tower], length[tower]))
-    for tower in TOWERS
-  }
+  drawn = [
+    Example(number, query, own, size(query, own))
+    for number, query in enumerate(rng.integers(len(texts.queries), size=SIMULATED * unit).tolist())
+    for own in [choose(texts, query, train.negatives, rng)]
+  ]
+  count = {tower: _rows(drawn, unit, tower, length[tower], longest[tower]) for tower in TOWERS}
   return Layout(unit, count, length, True)
 
 
-def _rows_needed(sizes: np.ndarray, length: int) -> int:
-  places = first_fit(sizes, length, len(sizes))
-  assert places is not None  # a row for each would do
-  return int(places.max()) // length + 1
+def _rows(drawn: list[Example], unit: int, tower: str, length: int, longest: int) -> int:
+  """The fewest rows for a unit with which examples do not wait longer and longer."""
+  alone = -(-len(drawn[0].sizes[tower]) // (length // longest))  # rows that any one example fits
+  count = max(sum(int(e.sizes[tower].sum()) for e in drawn) // (SIMULATED * length), alone - 1)
+  while True:
+    count += 1
+    queue = Queue(lambda number: drawn[number % len(drawn)])
+    while queue.next < len(drawn) and len(queue.waiting) <= 4 * unit:
+      queue.unit(unit, {tower: (count, length)})
+    if len(queue.waiting) <= unit // 8:
+      return count
 
 
 def sizes(texts: Texts, data: config.Data) -> Callable[[int, np.ndarray], dict[str, np.ndarray]]:
@@ -252,24 +307,6 @@ def sizes(texts: Texts, data: config.Data) -> Callable[[int, np.ndarray], dict[s
     }
 
   return size
-
-
-@dataclasses.dataclass
-class Example:
-  """A query with its list, as drawn."""
-
-  number: int  # in the endless order of examples
-  query: int
-  passages: np.ndarray  # [K]
-  sizes: dict[str, np.ndarray]  # tokens, by tower
-
-
-@dataclasses.dataclass
-class Unit:
-  """Examples that are encoded together, and where their texts begin (None: a row for each)."""
-
-  examples: list[Example]
-  places: dict[str, np.ndarray] | None
 
 
 def gather(units: Sequence[Unit], texts: Texts, data: config.Data, shape: Layout, known: int) -> Batch:
@@ -321,6 +358,7 @@ def batches(
   known = int(texts.positives.lengths.max())
   size = sizes(texts, data)
   mine = (np.arange(train.batch) if rows is None else rows)[:: shape.unit] // shape.unit
+  room = {tower: (shape.count[tower], shape.length[tower]) for tower in TOWERS}
   examples = (
     grain.MapDataset.range(len(texts.queries))
     .seed(seed)
@@ -333,58 +371,27 @@ def batches(
     query, own = examples[number]
     return Example(number, query, own, size(query, own))
 
-  def fit(chosen: list[Example]) -> tuple[dict[str, np.ndarray], str | None]:
-    """Where texts begin, by tower; or the tower in which they do not fit."""
-    places = {}
-    for tower in TOWERS:
-      together = np.concatenate([e.sizes[tower] for e in chosen])
-      found = first_fit(together, shape.length[tower], shape.count[tower])
-      if found is None:
-        return {}, tower
-      places[tower] = found
-    return places, None
-
   class Iterator(grain.DatasetIterator):
     """Its state: the next example, and those that wait, by number."""
 
     def __init__(self):
       super().__init__()
-      self.next, self.waiting = 0, collections.deque[Example]()
-
-    def take(self) -> Example:
-      if self.waiting:
-        return self.waiting.popleft()
-      self.next += 1
-      return draw(self.next - 1)
-
-    def unit(self) -> Unit:
-      chosen = [self.take() for _ in range(shape.unit)]
-      late = []
-      while (found := fit(chosen))[1] is not None:
-        tower = found[1]
-        # The first stays: it may have waited before, and so none waits for ever.
-        largest = max(range(1, len(chosen)), key=lambda i: chosen[i].sizes[tower].sum(), default=None)
-        if largest is None:
-          raise UserError(f"data.pack={data.pack}: an example does not fit {shape.count[tower]} rows of {tower}")
-        late.append(chosen.pop(largest))
-        chosen.append(self.take())
-      self.waiting.extendleft(sorted(late, key=lambda e: -e.number))
-      return Unit(chosen, found[0])
+      self.queue = Queue(draw)
 
     def __next__(self) -> Batch:
       if shape.packed:  # every host plans the whole batch: what waits is the same everywhere
-        planned = [self.unit() for _ in range(train.batch // shape.unit)]
+        planned = [self.queue.unit(shape.unit, room) for _ in range(train.batch // shape.unit)]
         units = [planned[i] for i in mine]
       else:
-        units = [Unit([draw(self.next + i)], None) for i in mine.tolist()]
-        self.next += train.batch
+        units = [Unit([draw(self.queue.next + i)], None) for i in mine.tolist()]
+        self.queue.next += train.batch
       return gather(units, texts, data, shape, known)
 
     def get_state(self) -> dict[str, Any]:
-      return {"next": self.next, "waiting": [e.number for e in self.waiting]}
+      return {"next": self.queue.next, "waiting": [e.number for e in self.queue.waiting]}
 
     def set_state(self, state: dict[str, Any]) -> None:
-      self.next, self.waiting = state["next"], collections.deque(map(draw, state["waiting"]))
+      self.queue.next, self.queue.waiting = state["next"], collections.deque(map(draw, state["waiting"]))
 
   class Source(grain.IterDataset):
     def __iter__(self) -> Iterator:
