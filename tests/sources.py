@@ -57,7 +57,9 @@ def msmarco() -> dict[str, str]:
     "qrels.train.tsv": qrels(seen),
     "queries.dev.small.tsv": tsv(*map(query, QUERIES["test"])),
     "qrels.dev.small.tsv": qrels(QUERIES["test"]),
-    "negatives.train.trec": "".join(f"{query(i)[0]} Q0 {p} {n} 1.5 bm25\n" for i in seen for n, p in enumerate(hard(i))),
+    "negatives.train.trec": "".join(
+      f"{query(i)[0]} Q0 {p} {n} 1.5 bm25\n" for i in seen for n, p in enumerate(hard(i))
+    ),
   }
 
 

@@ -69,7 +69,7 @@ def paragraphs(path: Path, bad: Bad) -> Iterator[Paragraph]:
         bad("wrong field", where, 'a paragraph needs a string called "context" and a list called "qas"')
         continue
       # The parts of an article may lie in several files: what has a title is one article by that title.
-      yield Paragraph(where, title or f"{path.name} {i}", title, text, asked)
+      yield Paragraph(where, title or f"{path.name.split('.json')[0]} {i}", title, text, asked)
 
 
 def questions(paragraphs: list[Paragraph], bad: Bad) -> Iterator[Row]:
