@@ -230,19 +230,21 @@ def test_squad_divides_articles(count):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real data sets are not here: {REAL}")
 @pytest.mark.parametrize(
-  ("pattern", "paragraphs", "asked"), [("squad-v2-dev-*.json", 1216, 11993), ("cmrc2018-*.json", 1104, 4221)]
+  ("pattern", "paragraphs", "asked", "empty"),
+  [("squad-v2-dev-*.json", 1216, 11993, 0), ("cmrc2018-*.json", 1104, 4221, 2)],  # two of CMRC's questions are empty
 )
-def test_real_files(tmp_path, pattern, paragraphs, asked):
+def test_real_files(tmp_path, pattern, paragraphs, asked, empty):
   for path in REAL.glob(pattern):
     shutil.copy(path, tmp_path)
-  data = datasets.load(sources.settings("squad", tmp_path, tmp_path / "cache"))
+  data = datasets.load(sources.settings("squad", tmp_path, tmp_path / "cache", skip_bad=empty))
+  assert data.summary["skipped"] == ({"empty text": empty} if empty else {})
   questions, titles = {}, {}
   for path in tmp_path.glob("*.json"):
     for article in json.loads(path.read_text())["data"]:
       for paragraph in article["paragraphs"]:
         titles[paragraph["context"]] = article["title"]
         questions |= {each["id"]: (each["question"], paragraph["context"]) for each in paragraph["qas"]}
-  assert sum(len(q.ids) for q in data.queries.values()) == len(questions) == asked
+  assert sum(len(q.ids) for q in data.queries.values()) == len(questions) - empty == asked - empty
   assert len(data.corpus.ids) == len(data.corpus.texts) == len(titles)
   assert abs(len(titles) - paragraphs) <= 5  # equal paragraphs are one
   texts = list(data.corpus.texts)
