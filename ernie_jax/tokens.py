@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ernie_jax import config
+from ernie_jax import columns, config
 from ernie_jax.config import UserError, first_line
 
 if TYPE_CHECKING:
   import tokenizers
+
+  from ernie_jax.datasets import Dataset
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -160,6 +162,25 @@ def build(directory: Path, texts: Sequence[str], tokenizer: Tokenizer, block: in
   size = (directory / "tokens.bin").stat().st_size
   tokens = np.memmap(directory / "tokens.bin", dtype=dtype, mode="r") if size else np.zeros(0, dtype)
   return Store(tokens, np.load(directory / "offsets.npy"))
+
+
+def store(dataset: Dataset, split: str, tokenizer: Tokenizer, settings: config.Data) -> columns.Ragged:
+  """Token ids of the passages ("corpus") or the queries of a split, without special tokens, memory-mapped in the cache.
+
+  Made once for a data set and a tokenizer.
+  """
+  cache = Path(settings.cache).expanduser() / "tokens"
+  directory = cache / f"{dataset.fingerprint}-{digest(tokenizer)}" / split
+  texts = dataset.corpus.passages if split == "corpus" else dataset.queries[split].texts
+  if (found := columns.matching(directory, rows=len(texts))) is None:
+    with columns.Writer(directory, np.uint16 if len(tokenizer) <= 2**16 else np.uint32) as writer:
+      for start in range(0, len(texts), 4096):
+        for piece in tokenizer.encode(texts[start : start + 4096]):
+          writer.append(piece)
+      writer.close(rows=len(texts))
+    found = columns.matching(directory, rows=len(texts))
+  assert found is not None
+  return found
 
 
 def _matches(directory: Path, fingerprint: str) -> bool:

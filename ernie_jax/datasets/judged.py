@@ -100,6 +100,9 @@ def ranked(path: Path, bad: Bad, own: Qrels) -> dict[str, str]:
     else:
       bad("wrong number of columns", where, "no line of a TREC run, an MS MARCO run or a top-1000 file")
       continue
+    if query.split() != [query] or passage.split() != [passage]:
+      bad("white space in an id", where, f"{query!r:.80} and {passage!r:.80} are no ids; is this line damaged?")
+      continue
     # The positives stand in such lists too, and do not count.
     if query in own and counts.get(query, 0) < NEGATIVES + own[query].passages.count("\t") + 1:
       counts[query] = counts.get(query, 0) + 1
