@@ -195,7 +195,9 @@ def tsv(
       except csv.Error as error:
         bad("wrong quotes", where, f"not a line of csv ({error}); double the quotes inside a quoted cell")
         continue
-    if number == 0 and cells == list(header):
+    if cells == list(header):
+      if number:
+        bad("header inside the file", where, "the header stands here again; take this line out")
       continue
     if len(cells) not in columns:
       bad("wrong number of columns", where, f"{len(cells)} columns, not {wanted}; separate them by tabs")
@@ -219,6 +221,7 @@ def json_lines(path: Path, bad: Bad) -> Iterator[tuple[str, dict[str, Any]]]:
 
 # ---- JSON over many lines ------------------------------------------------------------------------------------------
 
+_decode = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -263,14 +266,14 @@ def _value(text: _Text) -> tuple[Any, str]:
   text.peek()
   while True:
     try:
-      value, end = json.JSONDecoder().raw_decode(text.rest, text.at)
+      value, end = _decode(text.rest, text.at)
       # A value is whole when something stands behind it: a number could go on in the next piece.
       if _SPACE.match(text.rest, end).end() < len(text.rest):  # type: ignore[union-attr]
         break
-      error: Exception = ValueError("the file ends inside a list or object")
-    except (ValueError, RecursionError) as reason:
-      error = reason
-    what = getattr(error, "msg", first_line(error))
+      what = "the file ends inside a list or object"
+    except (ValueError, RecursionError) as error:
+      # Only its words: the error itself would keep the text that was read alive, piece after piece.
+      what = getattr(error, "msg", first_line(error))
     if len(text.rest) - text.at > LONGEST:
       raise _broken(text, f"not JSON, or a value of more than {LONGEST} characters ({what})")
     if not text.more():

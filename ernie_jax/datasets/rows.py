@@ -67,10 +67,10 @@ def share(text: str) -> float:
 
 
 def carve(names: Iterable[str], part: float) -> set[str]:
-  """About so large a part of the names, chosen by their hashes; at least one, if that leaves one."""
-  names = set(names)
-  chosen = {name for name in names if share(name) < part}
-  return chosen or ({min(names, key=lambda name: (share(name), name))} if len(names) > 1 else set())
+  """About so large a part of the names, those with the smallest hashes; of two or more, at least one and never all."""
+  order = sorted((share(name), name) for name in set(names))
+  count = sum(place < part for place, _ in order)
+  return {name for _, name in order[: max(0, min(max(count, 1), len(order) - 1))]}
 
 
 class Hashes:
