@@ -3,7 +3,7 @@
   ernie-jax plan configs/msmarco.py --topology v5e:16x16
   ernie-jax run configs/msmarco.py --output runs/msmarco
 
-The four JSON Lines files of README, "Your own data in five lines", are for the user to prepare, in data/msmarco.
+Microsoft's files lie in data/msmarco; `ernie-jax data msmarco --from data/msmarco` prepares them and shows what is there.
 Planned with the compiler, never run: time, memory and quality are unmeasured.
 """
 
@@ -13,7 +13,7 @@ base = Architecture(vocabulary=30522, width=768, layers=12, heads=12, inner=3072
 large = Architecture(vocabulary=30522, width=1024, layers=24, heads=16, inner=4096, positions=512, types=4)
 
 config = Config(
-  data=Data(name="jsonl", folder="data/msmarco", query_length=32, passage_length=128),
+  data=Data(name="msmarco", folder="data/msmarco", query_length=32, passage_length=128),
   model=Model(
     start="nghuyong/ernie-2.0-base-en",
     scratch=base,  # the two shapes, so that `plan` needs no download

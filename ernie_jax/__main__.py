@@ -9,17 +9,21 @@ import logging
 import os
 import re
 import runpy
+import shlex
 import signal
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ernie_jax.config import Config, Hosts, Interrupted, UserError
+from ernie_jax.config import Architecture, Config, Data, DataName, Hosts, Interrupted, UserError
+
+if TYPE_CHECKING:
+  import numpy as np
 
 T = TypeVar("T")
 
@@ -29,6 +33,9 @@ USAGE = """usage: ernie-jax VERB ...
       the whole strategy: train, mine, distil, evaluate, report; the same command continues after an interruption
   search DIR ["a query"] [--k 10]
       search the corpus of a finished run; without a query, a prompt
+  data NAME --from DIR [--skip-bad N] [--start CHECKPOINT_DIR] ...
+      prepare a data set and show what is in it: counts, lengths in tokens, samples, and the command that trains on it;
+      NAME is docstrings (of installed packages, without --from), jsonl, msmarco, dpr, beir, dureader or squad
   plan CONFIG --topology v5e:16x16 [--stage cascade] [--sweep] [--cascade.batch 4096] ...
       memory, communication and time of a stage's step on a TPU slice, from the compiler, without a TPU
 
@@ -62,6 +69,20 @@ class Plan:
   topology: str = "v5e:16x16"  # the slice: v5e:RxC, v6e:RxC or v5p:AxBxC chips
   stage: Literal["interaction", "warmup", "cascade"] = "cascade"
   sweep: bool = False  # 16, 32, 64, 128 and 256 chips, with the batch per chip that topology has
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+  """Prepares a data set in the cache, and shows what is in it."""
+
+  name: Annotated[DataName, tyro.conf.Positional]  # which data set: `ernie_jax/datasets/NAME.py` says its files
+  folder: Annotated[str, tyro.conf.arg(name="from")] = ""  # where its files lie; docstrings have none
+  skip_bad: int = 0  # most bad lines that are left out and counted; one more is an error
+  start: str = ""  # checkpoint directory whose tokenizer counts lengths; empty: a vocabulary built from the corpus
+  packages: tuple[str, ...] = Data.packages  # docstrings: whose
+  cache: str = Data.cache  # prepared data sets, shared by all runs
+  query_length: int = Data.query_length  # tokens, special ones included
+  passage_length: int = Data.passage_length
 
 
 def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) -> T:
@@ -135,6 +156,62 @@ def run(args: Sequence[str]) -> None:
   print(f'next: ernie-jax search {chosen.output} "how do I pad an array with zeros"')
 
 
+def data(args: Sequence[str]) -> None:
+  chosen = parse(Prepare, "data", args)
+  if chosen.name != "docstrings" and not chosen.folder:
+    raise UserError(f"data {chosen.name}: name the folder with its files: --from DIR")
+  settings = Data(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(Data)})
+  from ernie_jax import datasets, tokens
+
+  start = Path(chosen.start).expanduser()
+  tokenizer = tokens.Tokenizer.load(start) if chosen.start else None  # now, not after the preparation
+  found = datasets.load(settings)
+  tokenizer = tokenizer or tokens.Tokenizer.train(found.corpus.passages, Architecture().vocabulary)
+  print(f"{settings.name}: fingerprint {found.fingerprint}, in {found.summary['folder']}")
+  print(f"{'':8} {'rows':>9}  tokens: {'p50':>5} {'p90':>5} {'p99':>5} {'max':>6}  cut off")
+  for split in ("corpus", *datasets.SPLITS):
+    lengths = tokens.store(found, split, tokenizer, settings).lengths
+    longest = settings.passage_length if split == "corpus" else settings.query_length
+    print(f"{split:8} {len(lengths):9,}  {spread(lengths, longest)}")
+  given = found.queries["train"].negatives.lengths
+  print(f"negatives of a training query: {given.mean() if len(given) else 0:.1f}, {(given > 0).sum():,} have some")
+  for what in ("skipped", "left_out"):
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in found.summary[what].items())
+    print(f"{what.replace('_', ' ')}: {counts or 'nothing'}")
+  split = next((split for split in datasets.SPLITS if len(found.queries[split].ids)), "train")
+  queries = found.queries[split]
+  for row in range(0, len(queries.ids), max(1, len(queries.ids) // 5))[:5]:
+    passage = found.corpus.passages[int(queries.positives[row][0])]
+    print(f"{shorten(queries.texts[row], 60)} -> {shorten(passage, 80)}")
+  if missing := [split for split in datasets.SPLITS if not len(found.queries[split].ids)]:
+    print(f"no {' and no '.join(missing)} queries: `ernie-jax run` needs all three splits")
+    return
+  flags = ["--data.name", settings.name]
+  for field in ("folder", "skip_bad", "packages", "cache", "query_length", "passage_length"):
+    value = getattr(settings, field)
+    if value != getattr(Data, field):
+      flags += [f"--data.{field.replace('_', '-')}", *(value if field == "packages" else [str(value)])]
+  flags += ["--model.start", chosen.start] if chosen.start else []
+  print(f"next: ernie-jax run configs/quickstart.py {shlex.join(flags)} --output runs/{settings.name}")
+
+
+def spread(lengths: np.ndarray, longest: int) -> str:
+  """Percentiles of lengths in tokens, and how many are longer than fits beside [CLS] and [SEP]."""
+  import numpy as np
+
+  if not len(lengths):
+    return ""
+  p50, p90, p99 = np.percentile(lengths, [50, 90, 99])
+  cut = np.mean(lengths > longest - 2)
+  return f"{'':8}{p50:5.0f} {p90:5.0f} {p99:5.0f} {lengths.max():6}  {cut:.1%} at {longest}"
+
+
+def shorten(text: str, width: int) -> str:
+  """A text on one line: its beginning, if it is longer than `width`; it may have no spaces."""
+  text = " ".join(text.split())
+  return text if len(text) <= width else text[: width - 4] + " ..."
+
+
 def terminate(number: int, _: Any) -> None:
   raise Interrupted("", number)
 
@@ -192,7 +269,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _main(args: Sequence[str] | None) -> int:
   args = sys.argv[1:] if args is None else args
-  verbs = {"run": run, "search": search, "plan": plan}
+  verbs = {"run": run, "search": search, "data": data, "plan": plan}
   if not args or args[0] in ("-h", "--help"):
     print(USAGE)
     return 0 if args else 2

@@ -64,11 +64,14 @@ def write(path: Path, content: bytes | str | Iterable[str]) -> None:
       temporary.unlink()
 
 
+DataName = Literal["docstrings", "jsonl", "msmarco", "dpr", "beir", "dureader", "squad"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Data:
   """Which texts, and how much of each is read."""
 
-  name: Literal["docstrings", "jsonl", "msmarco", "dpr", "beir", "dureader", "squad"] = "docstrings"
+  name: DataName = "docstrings"
   folder: str = ""  # where the files lie: all data sets but docstrings
   packages: tuple[str, ...] = (
     "python",

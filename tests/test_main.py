@@ -1,13 +1,15 @@
 """The command line: mistakes end in one line that says what, where and what to do, with exit code 2."""
 
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sources
 
-from ernie_jax import progress
+from ernie_jax import config, datasets, progress, tokens
 from ernie_jax.__main__ import main
 
 ERNIE = str(Path(__file__).parent / "fixtures" / "ernie")
@@ -17,7 +19,7 @@ TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
 @pytest.mark.parametrize(
   ("args", "says"),
   [
-    (["train"], "unknown verb 'train'; known are run, search, plan"),
+    (["train"], "unknown verb 'train'; known are run, search, data, plan"),
     (["run"], "name a configuration file first"),
     (["run", "nowhere.py"], "nowhere.py: no such configuration file"),
     (["run", TINY, "--cascade.stepps", "3"], "--cascade.stepps"),
@@ -32,6 +34,12 @@ TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
     (["run", TINY, "--model.teacher-start", ERNIE], "no tokenizer.json and no vocab.txt"),
     (["run", TINY, "--seed", "-1"], "seed=-1"),
     (["run", TINY, "--warmup.negatives", "100000"], "negatives=100000: the corpus of"),
+    (["data"], "required"),
+    (["data", "trec"], "invalid choice 'trec'"),
+    (["data", "beir"], "data beir: name the folder with its files: --from DIR"),
+    (["data", "beir", "--from", "/nowhere"], "data.folder='/nowhere': no such folder"),
+    (["data", "beir", "--from", "/", "--skip-bad", "-1"], "data.skip_bad=-1"),
+    (["data", "beir", "--from", "/", "--start", "/nowhere"], "/nowhere: no tokenizer.json and no vocab.txt"),
     (["search", "/nowhere", "a query"], "/nowhere: no finished run here"),
     (["search"], "required"),
     (["search", "/nowhere", "--k", "0"], "--k 0"),
@@ -124,3 +132,50 @@ def test_clock():
     "1:00:00",
     "2:03:04",
   ]
+
+
+def test_data_shows_what_is_in_a_data_set(tmp_path, capsys):
+  files = {name: content.encode() for name, content in sources.msmarco().items()}
+  files["collection.tsv"] += b"no columns\n"
+  folder, cache = sources.write(tmp_path / "my data", files), tmp_path / "cache"
+  args = ["data", "msmarco", "--from", str(folder), "--cache", str(cache), "--query-length", "6"]
+  assert main(args) == 2
+  printed = capsys.readouterr()
+  assert printed.out == ""
+  assert "collection.tsv:7: 1 columns, not 2; separate them by tabs; --skip-bad N" in printed.err
+  assert not list(cache.rglob("*.array_record*"))
+  assert main([*args, "--skip-bad", "1"]) == 0
+  printed = capsys.readouterr().out.splitlines()
+  data = datasets.load(config.Data("msmarco", str(folder), cache=str(cache), skip_bad=1))
+  assert printed[0] == f"msmarco: fingerprint {data.fingerprint}, in {data.summary['folder']}"
+  table = {line.split()[0]: line.split()[1:] for line in printed[2:6]}
+  assert [table[split][0] for split in ("corpus", *datasets.SPLITS)] == ["6", "10", "1", "3"]
+  tokenizer = tokens.Tokenizer.train(data.corpus.passages, 8192)
+  lengths = [len(own) for own in tokenizer.encode(data.queries["train"].texts)]
+  middle, longest = sorted(lengths)[len(lengths) // 2], max(lengths)
+  assert middle == sorted(lengths)[len(lengths) // 2 - 1] > 4
+  assert [table["train"][i] for i in (1, 4, 5, 7)] == [str(middle), str(longest), "100.0%", "6"]
+  assert table["corpus"][5:] == ["0.0%", "at", "128"]
+  assert printed[6] == "negatives of a training query: 2.0, 10 have some"
+  assert printed[7:9] == ["skipped: 1 wrong number of columns", "left out: 1 queries without judgements"]
+  assert printed[9] == "what is number 0? -> Padding: Zeros around an array, or ones."
+  assert len(printed) == 9 + 5 + 1
+  # The last line is a command: its flags are the settings of this data set.
+  command = shlex.split(printed[-1].removeprefix("next: ernie-jax "))
+  flags = {name.removeprefix("--data."): value for name, value in zip(command[2::2], command[3::2])}
+  assert command[:2] == ["run", "configs/quickstart.py"]
+  assert flags == {
+    "name": "msmarco",
+    "folder": str(folder),
+    "skip-bad": "1",
+    "cache": str(cache),
+    "query-length": "6",
+    "--output": "runs/msmarco",
+  }
+
+
+def test_given_negatives_that_are_not_there_are_refused_before_training(tmp_path, capsys):
+  folder = sources.write(tmp_path / "in", sources.beir())
+  flags = ["--data.name", "beir", "--data.folder", str(folder), "--data.cache", str(tmp_path / "cache")]
+  assert main(["run", TINY, "--output", str(tmp_path / "out"), "--mine.use", "both", *flags]) == 2
+  assert "mine.use='both': the training queries bring no negatives" in capsys.readouterr().err.splitlines()[-1]

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ernie_jax import evaluate, recipe, retrieval
+from ernie_jax import columns, evaluate, recipe, retrieval
 from ernie_jax.__main__ import main
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +112,22 @@ def test_mined_negatives_are_no_positives(whole):
     known = {text[passage] for passage in qrels[query]}
     assert len(passages) == 20
     assert not known & {text[passage] for passage in passages}
+
+
+@pytest.mark.parametrize(
+  ("use", "expected"),
+  [("mined", [[4, 0], []]), ("given", [[1, 0, 3], [2]]), ("both", [[4, 0, 1, 3], [2]])],
+)
+def test_negatives_come_from_where_the_configuration_says(tmp_path, use, expected):
+  corpus = recipe.datasets.Corpus.of([f"p{i}" for i in range(5)], [""] * 5, list("abcde"))
+  given = columns.ragged([np.array([1, 0, 3], np.int32), np.array([2], np.int32)])
+  queries = recipe.datasets.Queries(["q0", "q1"], ["x", "y"], columns.ragged([np.array([2], np.int32)] * 2), given)
+  (tmp_path / "mine").mkdir()
+  evaluate.write_run({"q0": {"p0": 0.1, "p4": 0.9}}, tmp_path / "mine" / "negatives.trec", "mined")
+  data = recipe.datasets.Dataset(corpus, {"train": queries}, "")
+  settings = recipe.config.Config(mine=recipe.config.Mine(use=use))
+  current = types.SimpleNamespace(directory=tmp_path, config=settings, data=data)
+  assert [found.tolist() for found in recipe.mined(current)] == expected
 
 
 def test_search_finds_a_passage_by_its_own_words(whole, capsys):

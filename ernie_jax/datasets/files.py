@@ -195,7 +195,9 @@ def tsv(
       except csv.Error as error:
         bad("wrong quotes", where, f"not a line of csv ({error}); double the quotes inside a quoted cell")
         continue
-    if number == 0 and cells == list(header):
+    if cells == list(header):
+      if number:
+        bad("header inside the file", where, "the header stands here again; take this line out")
       continue
     if len(cells) not in columns:
       bad("wrong number of columns", where, f"{len(cells)} columns, not {wanted}; separate them by tabs")
@@ -219,6 +221,7 @@ def json_lines(path: Path, bad: Bad) -> Iterator[tuple[str, dict[str, Any]]]:
 
 # ---- JSON over many lines ------------------------------------------------------------------------------------------
 
+_decode = json.JSONDecoder().raw_decode
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -226,6 +229,7 @@ class _Text:
   """The part of a file that is being read: `rest[at:]` is what comes next, on line `line`."""
 
   def __init__(self, path: Path):
+    self.path = path
     # Bytes that are no UTF-8 stay recognisable, so that an element which holds them can be named, and left out.
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     self.chunks = (decoder.decode(chunk) for chunk in chunks(path))
@@ -253,58 +257,78 @@ class _Text:
         return ""
 
 
+def _broken(text: _Text, what: str) -> UserError:
+  return UserError(f"{text.path}:{text.line}: {what}; get or make the file again")
+
+
+def _value(text: _Text) -> tuple[Any, str]:
+  """The next JSON value, and how it was written."""
+  text.peek()
+  while True:
+    try:
+      value, end = _decode(text.rest, text.at)
+      # A value is whole when something stands behind it: a number could go on in the next piece.
+      if _SPACE.match(text.rest, end).end() < len(text.rest):  # type: ignore[union-attr]
+        break
+      what = "the file ends inside a list or object"
+    except (ValueError, RecursionError) as error:
+      # Only its words: the error itself would keep the text that was read alive, piece after piece.
+      what = getattr(error, "msg", first_line(error))
+    if len(text.rest) - text.at > LONGEST:
+      raise _broken(text, f"not JSON, or a value of more than {LONGEST} characters ({what})")
+    if not text.more():
+      raise _broken(text, f"damaged or cut short: not JSON ({what})")
+  raw = text.rest[text.at : end]
+  text.move(end)
+  return value, raw
+
+
+def _items(path: Path, brackets: str) -> Iterator[tuple[str, list[Any], str]]:
+  """(where, [value] or [key, value], how they were written) of the items of one JSON list or object."""
+  text = _Text(path)
+  what = "JSON list" if brackets == "[]" else "JSON object"
+  if text.peek() != brackets[0]:
+    raise _broken(text, f"not a {what}, which is needed here")
+  text.move(text.at + 1)
+  going = text.peek() != brackets[1]
+  while going:
+    if not text.peek():
+      raise _broken(text, f"the file ends inside the {what}")
+    where = f"{path}:{text.line}"
+    value, raw = _value(text)
+    values = [value]
+    if brackets == "{}":
+      if text.peek() != ":" or not isinstance(value, str):
+        raise _broken(text, f"no key and value of a {what}")
+      text.move(text.at + 1)
+      value, more = _value(text)
+      values, raw = [*values, value], raw + more
+    if text.peek() not in (",", brackets[1]):
+      raise _broken(text, f"no comma behind an item of the {what}")
+    going = text.peek() == ","
+    if going:
+      text.move(text.at + 1)
+    yield where, values, raw
+  text.move(text.at + 1)
+  if text.peek():
+    raise _broken(text, f"text behind the end of the {what}")
+
+
 def json_array(path: Path, bad: Bad) -> Iterator[tuple[str, dict[str, Any]]]:
   """(where, object) of the elements of one JSON list, which may be far larger than memory."""
-  text = _Text(path)
-  decode = json.JSONDecoder().raw_decode
-
-  def broken(what: str) -> UserError:
-    return UserError(f"{path}:{text.line}: {what}; get or make the file again")
-
-  def step(closing: str) -> bool:
-    """Past "," or "]"; whether an element follows."""
-    if text.peek() == "]":
-      text.move(text.at + 1)
-      return False
-    if closing and text.peek() == closing:
-      text.move(text.at + 1)
-      return True
-    if closing:
-      raise broken("ends inside the JSON list" if text.peek() == "" else "no comma between elements of the JSON list")
-    return True
-
-  if text.peek() != "[":
-    raise broken("not a JSON list, which is needed here")
-  text.move(text.at + 1)
-  going = step("")
-  while going:
-    if text.peek() == "":
-      raise broken("ends inside the JSON list")
-    where = f"{path}:{text.line}"
-    while True:
-      try:
-        element, end = decode(text.rest, text.at)
-        # An element is whole when something stands behind it: a number could go on in the next piece.
-        if _SPACE.match(text.rest, end).end() < len(text.rest):  # type: ignore[union-attr]
-          break
-        error: Exception = ValueError("the JSON list does not end")
-      except (ValueError, RecursionError) as reason:
-        element, error = None, reason
-      if len(text.rest) - text.at > LONGEST:
-        raise broken(f"no element of a JSON list, or one of more than {LONGEST} characters ({first_line(error)})")
-      if not text.more():
-        raise broken(f"damaged or cut short: not JSON ({getattr(error, 'msg', first_line(error))})")
-    raw = text.rest[text.at : end]
-    text.move(end)
-    going = step(",")
+  for where, (element,), raw in _items(path, "[]"):
     if not raw.isascii() and re.search("[\udc80-\udcff]", raw):
       bad("not UTF-8", where, "bytes in this element are not UTF-8; convert the file")
     elif isinstance(element, dict):
       yield where, element
     else:
       bad("not an object", where, f"a JSON {type(element).__name__}, not an object")
-  if text.peek():
-    raise broken("text behind the end of the JSON list")
+
+
+def json_pairs(path: Path) -> Iterator[tuple[str, str, Any]]:
+  """(where, key, value) of the items of one JSON object, which may be far larger than memory."""
+  for where, (key, value), _ in _items(path, "{}"):
+    yield where, key, value
 
 
 def json_document(path: Path) -> Any:

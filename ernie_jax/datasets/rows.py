@@ -67,10 +67,10 @@ def share(text: str) -> float:
 
 
 def carve(names: Iterable[str], part: float) -> set[str]:
-  """About so large a part of the names, chosen by their hashes; at least one, if that leaves one."""
-  names = set(names)
-  chosen = {name for name in names if share(name) < part}
-  return chosen or ({min(names, key=lambda name: (share(name), name))} if len(names) > 1 else set())
+  """About so large a part of the names, those with the smallest hashes; of two or more, at least one and never all."""
+  order = sorted((share(name), name) for name in set(names))
+  count = sum(place < part for place, _ in order)
+  return {name for _, name in order[: max(0, min(max(count, 1), len(order) - 1))]}
 
 
 class Hashes:
@@ -155,10 +155,17 @@ class Unique:
     self.contents.flush()
     return os.pread(self.contents.fileno(), 16, 16 * row)
 
+  def __enter__(self) -> Unique:
+    return self
+
+  def __exit__(self, *_) -> None:
+    self.contents.close()
+    self.written.close()
+    self.ids.__exit__(None, None, None)
+
   def close(self) -> np.ndarray:
     """[N, 2] the hashes of all contents, memory-mapped; the ids lie in their place."""
     self.contents.close()
-    self.written.close()
     self.ids.close()
     if not self.count:
       return np.zeros((0, 2), np.uint64)
@@ -195,14 +202,14 @@ class Index:
     """The rows of a split that are good; what they name by `Said` is named by its id."""
     directory = self.directory / split
     directory.mkdir(parents=True)
-    unique = Unique(directory, self.bad)
     self.counts[split] = 0
-    for row in self._corpus(rows, unique) if split == "corpus" else self._queries(rows, unique, directory):
-      named = [row.positives, row.negatives] if row.negatives else [row.positives]
-      self.digest.update(json.dumps([split, row.id, row.title, row.text, *named]).encode())
-      self.counts[split] += 1
-      yield row
-    contents = unique.close()
+    with Unique(directory, self.bad) as unique:
+      for row in self._corpus(rows, unique) if split == "corpus" else self._queries(rows, unique, directory):
+        named = [row.positives, row.negatives] if row.negatives else [row.positives]
+        self.digest.update(json.dumps([split, row.id, row.title, row.text, *named]).encode())
+        self.counts[split] += 1
+        yield row
+      contents = unique.close()
     if split == "corpus":
       hashes, order = unique.hashes.whole()
       np.save(directory / "hashes.npy", hashes)
