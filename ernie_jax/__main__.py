@@ -160,7 +160,7 @@ def data(args: Sequence[str]) -> None:
   chosen = parse(Prepare, "data", args)
   if chosen.name != "docstrings" and not chosen.folder:
     raise UserError(f"data {chosen.name}: name the folder with its files: --from DIR")
-  settings = Data(**{f.name: getattr(chosen, f.name) for f in dataclasses.fields(Data)})
+  settings = Data(**{f.name: x for f in dataclasses.fields(Data) if (x := getattr(chosen, f.name, None)) is not None})
   from ernie_jax import datasets, tokens
 
   start = Path(chosen.start).expanduser()
