@@ -153,7 +153,7 @@ def run(args: Sequence[str]) -> None:
     return
   print(evaluate.table({name: results[name] for name in evaluate.SYSTEMS}))
   print(f"{chosen.output}: metrics.json, report.html, runs/, model/")
-  print(f'next: ernie-jax search {chosen.output} "how do I pad an array with zeros"')
+  print(f"next: ernie-jax search {chosen.output}")
 
 
 def data(args: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ One order everywhere: by score, descending; equal scores by passage id, descendi
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import re
@@ -199,16 +200,21 @@ def table(results: dict[str, dict[str, float]]) -> str:
 _WORD = re.compile(r"\w+")
 # Underscores, and the places where case changes: solverName -> solver Name, HTTPServer -> HTTP Server.
 _JOINT = re.compile(r"_+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+)")  # kana and Han characters
 
 
 def words(text: str) -> list[str]:
   """Lower-case words; `numpy.linalg.lstsqSolver_x` gives numpy linalg lstsq solver x, and lstsqsolver_x.
 
+  Chinese and Japanese write no spaces: there, every two neighbouring characters are a word, as in Lucene's CJKAnalyzer.
   MRR@10 of 1,258 docstring summaries over 2,594 bodies: identifiers as they stand 0.530, split 0.601,
   split and whole 0.612; split, without one-letter words 0.593.
   """
   result = []
-  for word in _WORD.findall(text):
+  for word in _WORD.findall(_UNSPACED.sub(r" \1 ", text)):
+    if _UNSPACED.fullmatch(word):
+      result += [first + second for first, second in itertools.pairwise(word)] or [word]
+      continue
     parts = [part for part in _JOINT.split(word) if part]
     result += parts if len(parts) <= 1 else [*parts, word]
   return [word.lower() for word in result]

@@ -279,6 +279,7 @@ def test_words():
   assert split("parse HTTPServer") == {"parse", "http", "server", "httpserver"}
   assert evaluate.words("__init__ float32, Plain") == ["init", "float32", "plain"]
   assert evaluate.words("... __") == []
+  assert evaluate.words("战国无双3的 numpy，我") == ["战国", "国无", "无双", "3", "的", "numpy", "我"]
 
 
 PASSAGES = [
