@@ -156,7 +156,10 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
     """The builder of these settings with its files below `directory`; `name` names what it reads."""
     name += f"-skip{data.skip_bad}" if data.skip_bad else ""
     config = Settings(name=name, description=description or data.folder, data=data)
-    return cls(data_dir=str(directory), config=config, file_format="array_record")
+    try:
+      return cls(data_dir=str(directory), config=config, file_format="array_record")
+    except Exception as error:  # TFDS reads what is there already
+      raise _damaged(directory / cls.name / name, error) from error
 
   @property
   def data(self) -> Data:
