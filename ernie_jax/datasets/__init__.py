@@ -212,6 +212,7 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
       "sizes": {path.name: path.stat().st_size for path in Path(self.data_dir).glob("*.array_record*")},
     }
     (self.index.directory / "about.json").write_text(json.dumps(about, indent=2))
+    del self.index  # TFDS keeps builders, and an index keeps files open
     for what, counts in (("skipped", about["skipped"]), ("left out", about["left_out"])):
       if counts:
         say(f"  {what}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}")
