@@ -3,7 +3,7 @@
   ernie-jax plan configs/msmarco.py --topology v5e:16x16
   ernie-jax run configs/msmarco.py --output runs/msmarco
 
-Microsoft's files lie in data/msmarco; `ernie-jax data msmarco --from data/msmarco` prepares them and shows them.
+Microsoft's files lie in data/msmarco; `ernie-jax data msmarco --from data/msmarco` prepares and shows them.
 Planned with the compiler, never run: time, memory and quality are unmeasured.
 """
 

@@ -432,7 +432,8 @@ def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:
   others = order[~np.isin(order, needed)][: e.dev_passages]
   chosen = np.sort(np.concatenate([needed, others]))
   queries, passages = current.queries["dev"].take(some), current.passages.take(chosen)
-  qrels = {name: current.data.qrels("dev")[name] for name in dev.ids[: len(some)]}
+  every = current.data.qrels("dev")
+  qrels = {name: every[name] for name in dev.ids[: len(some)]}
 
   def measure(params: Params) -> dict[str, float]:
     q = current.encode(params, queries, "dev queries", late=True)
@@ -507,7 +508,8 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   queries = current.encode(student_params, store, "dev queries", late=False)
   values, found = retrieval.top_k(queries.vectors[some], vectors, e.teacher_depth)
   teacher = retrieval.rerank_cross(teacher_params, store, current.passages, found, current.template)
-  qrels = {name: current.data.qrels("dev")[name] for name in current.data.queries["dev"].ids[: len(some)]}
+  every = current.data.qrels("dev")
+  qrels = {name: every[name] for name in current.data.queries["dev"].ids[: len(some)]}
   scores = {
     "student": evaluate.metrics(current.as_run("dev", values, found), qrels),
     "teacher": evaluate.metrics(current.as_run("dev", *retrieval.reorder(found, teacher)), qrels),

@@ -137,8 +137,13 @@ def checked(data: config.Data) -> tuple[Rows, dict[str, dict[str, int]]]:
   """{split: [(id, title, text, positives, negatives)]} as they would be written, and what was left out."""
   source = importlib.import_module(f"ernie_jax.datasets.{data.name}")
   builder = source.builder(data, Path(data.cache))
-  rows = {
-    split: [tuple(example.values()) for _, example in examples]
-    for split, examples in builder._split_generators(None).items()
-  }
-  return rows, {"skipped": dict(builder.index.bad.skipped), "left_out": dict(builder.index.bad.left_out)}
+  try:
+    rows = {
+      split: [tuple(example.values()) for _, example in examples]
+      for split, examples in builder._split_generators(None).items()
+    }
+    bad = builder.index.bad
+    return rows, {"skipped": dict(bad.skipped), "left_out": dict(bad.left_out)}
+  finally:
+    if hasattr(builder, "index"):
+      del builder.index  # TFDS keeps builders, and this one open files

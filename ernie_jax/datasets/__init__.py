@@ -156,7 +156,10 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
     """The builder of these settings with its files below `directory`; `name` names what it reads."""
     name += f"-skip{data.skip_bad}" if data.skip_bad else ""
     config = Settings(name=name, description=description or data.folder, data=data)
-    return cls(data_dir=str(directory), config=config, file_format="array_record")
+    try:
+      return cls(data_dir=str(directory), config=config, file_format="array_record")
+    except Exception as error:  # TFDS reads what is there already
+      raise _damaged(directory / cls.name / name, error) from error
 
   @property
   def data(self) -> Data:
@@ -209,6 +212,7 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
       "sizes": {path.name: path.stat().st_size for path in Path(self.data_dir).glob("*.array_record*")},
     }
     (self.index.directory / "about.json").write_text(json.dumps(about, indent=2))
+    del self.index  # TFDS keeps builders, and an index keeps files open
     for what, counts in (("skipped", about["skipped"]), ("left out", about["left_out"])):
       if counts:
         say(f"  {what}: {', '.join(f'{count} {kind}' for kind, count in counts.items())}")
