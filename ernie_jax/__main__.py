@@ -130,6 +130,7 @@ def run(args: Sequence[str]) -> None:
   named, settings = named_config(args, "run", "configs/quickstart.py")
   output = Path("runs") / (Path(args[0]).stem if named else "NAME")
   chosen = parse(Run, "run CONFIG", args[named:], Run(output, settings, Hosts()))
+  import absl.logging
   import jax
 
   from ernie_jax import mesh
@@ -143,8 +144,8 @@ def run(args: Sequence[str]) -> None:
     progress.silence()
   if chosen.hosts.multihost:
     progress.say(f"{jax.process_count()} processes, {jax.device_count()} devices")
-  for name in ("absl", "asyncio"):  # a save that fails in the background: the error itself is shown, once
-    logging.getLogger(name).setLevel(logging.CRITICAL)
+  absl.logging.set_verbosity(absl.logging.FATAL)  # a save that fails in the background: the error is shown once, here
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   results = recipe.run(chosen.config, chosen.output, chosen.fresh)
   if not mesh.leads():
     return
