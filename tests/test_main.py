@@ -19,6 +19,12 @@ ERNIE = str(Path(__file__).parent / "fixtures" / "ernie")
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """The data set is prepared once."""
+  return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.parametrize(
   ("args", "says"),
   [
@@ -42,9 +48,9 @@ TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
     (["search", "/nowhere", "--k", "0"], "--k 0"),
   ],
 )
-def test_a_mistake_is_one_line(args, says, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line(args, says, cache, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
-  extra = ["--data.cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")] if args[1:2] == [TINY] else []
+  extra = ["--data.cache", str(cache), "--output", str(tmp_path / "out")] if args[1:2] == [TINY] else []
   assert main([*args, *extra]) == 2
   printed = capsys.readouterr()
   errors = [line for line in printed.err.splitlines() if line.startswith("ernie-jax: ")]
@@ -88,11 +94,11 @@ def test_an_output_that_cannot_be_one_is_refused(tmp_path, capsys):
   assert (tmp_path / "weights" / "config.json").exists()
 
 
-def test_a_teacher_with_another_vocabulary_is_refused(tmp_path, capsys):
+def test_a_teacher_with_another_vocabulary_is_refused(cache, tmp_path, capsys):
   shutil.copytree(ERNIE, tmp_path / "ernie")
   words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
   (tmp_path / "ernie" / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
-  places = ["--output", str(tmp_path / "out"), "--data.cache", str(tmp_path / "cache")]
+  places = ["--output", str(tmp_path / "out"), "--data.cache", str(cache)]
   assert main(["run", TINY, *places, "--model.teacher-start", str(tmp_path / "ernie")]) == 2
   assert "its vocabulary is not the student's" in capsys.readouterr().err
 
