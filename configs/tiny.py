@@ -22,7 +22,7 @@ fast = Optimizer(learning_rate=2e-3)
 temperature = Temperatures(dual=0.05, late=0.5)
 
 config = Config(
-  data=Data(packages=("python",), query_length=16, passage_length=32),
+  data=Data(packages=("python",), query_length=16, passage_length=32, pack=64),
   model=Model(
     scratch=Architecture(vocabulary=4000, width=64, layers=1, heads=2, inner=128, attention_dropout=0.0),
     pooling="mean",

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import signal
+from typing import Any
+
+
+def leave(number: int, _: Any = None) -> None:
+  """Ends the process now; whatever it was at is safe against that."""
+  os.write(2, b"\nernie-jax: interrupted; the same command continues\n")
+  os._exit(128 + number)
+
+
+BEFORE = signal.getsignal(signal.SIGINT)
+if BEFORE is signal.default_int_handler:
+  signal.signal(signal.SIGINT, leave)  # Ctrl-C while this file imports
+
+import _thread
 import contextlib
 import dataclasses
 import io
 import logging
-import os
 import re
 import runpy
 import shlex
-import signal
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import tyro
 
@@ -25,7 +40,10 @@ from ernie_jax.config import Architecture, Config, Data, DataName, Hosts, Interr
 if TYPE_CHECKING:
   import numpy as np
 
+if BEFORE is signal.default_int_handler:
+  signal.signal(signal.SIGINT, BEFORE)
 T = TypeVar("T")
+GRACE = 5.0  # seconds in which a verb that was asked to end must have ended
 
 USAGE = """usage: ernie-jax VERB ...
 
@@ -133,6 +151,7 @@ def run(args: Sequence[str]) -> None:
   named, settings = named_config(args, "run", "configs/quickstart.py")
   output = Path("runs") / (Path(args[0]).stem if named else "NAME")
   chosen = parse(Run, "run CONFIG", args[named:], Run(output, settings, Hosts()))
+  import absl.logging
   import jax
 
   from ernie_jax import mesh
@@ -141,13 +160,13 @@ def run(args: Sequence[str]) -> None:
   from ernie_jax import evaluate, progress, recipe
 
   if not chosen.hosts.multihost:  # else JAX holds SIGTERM, and all processes answer it together
-    signal.signal(signal.SIGTERM, terminate)
+    SIGNALS.take(signal.SIGTERM)
   if not mesh.leads():
     progress.silence()
   if chosen.hosts.multihost:
     progress.say(f"{jax.process_count()} processes, {jax.device_count()} devices")
-  for name in ("absl", "asyncio"):  # a save that fails in the background: the error itself is shown, once
-    logging.getLogger(name).setLevel(logging.CRITICAL)
+  absl.logging.set_verbosity(absl.logging.FATAL)  # a save that fails in the background: the error is shown once, here
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   results = recipe.run(chosen.config, chosen.output, chosen.fresh)
   if not mesh.leads():
     return
@@ -212,10 +231,6 @@ def shorten(text: str, width: int) -> str:
   return text if len(text) <= width else text[: width - 4] + " ..."
 
 
-def terminate(number: int, _: Any) -> None:
-  raise Interrupted("", number)
-
-
 def search(args: Sequence[str]) -> None:
   chosen = parse(Search, "search", args)
   if chosen.k < 1:
@@ -250,8 +265,67 @@ def show(results: list[tuple[float, dict[str, str]]]) -> None:
     print(f"{rank:3d}  {score:6.3f}  {passage['title']}\n             {snippet}")
 
 
+class Signals:
+  """Ctrl-C and SIGTERM while a verb is at work: an exception, so that it ends in order; but exceptions can get lost.
+
+  Python drops those that are raised where nothing could catch them (`__del__`, callbacks of weak references and of the
+  garbage collector) and only tells `sys.unraisablehook`: the signal is then sent again. Libraries drop others (JAX has
+  `except:` where it traces) or turn them into errors of theirs: an error after the signal counts as the signal, and a
+  verb that is still at work GRACE seconds after it, or at a second one, is ended at once.
+  """
+
+  def __init__(self):
+    self.asked, self.verbs, self.before = 0, 0, {}
+
+  def __enter__(self) -> Signals:
+    self.asked = 0
+    self.hook, sys.unraisablehook = sys.unraisablehook, self._dropped
+    if signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.default_int_handler):  # else another's, or ignored
+      self.take(signal.SIGINT)
+    return self
+
+  def take(self, number: int) -> None:
+    self.before[number] = signal.signal(number, self._raise)
+
+  def _raise(self, number: int, _: Any) -> None:
+    if self.asked:
+      leave(number)
+    self.asked = number
+    self._again(number, GRACE)
+    raise Interrupted("", number)
+
+  def _dropped(self, what: sys.UnraisableHookArgs) -> None:
+    if not isinstance(what.exc_value, KeyboardInterrupt):
+      return self.hook(what)
+    self.asked = 0
+    self._again(getattr(what.exc_value, "signal", signal.SIGINT), 0.1)
+
+  def _again(self, number: int, seconds: float) -> None:
+    verb = self.verbs
+
+    def later() -> None:
+      time.sleep(seconds)
+      if verb == self.verbs:
+        os.kill(os.getpid(), number)
+
+    _thread.start_new_thread(later, ())  # `threading` takes locks, which the interrupted code may hold
+
+  def __exit__(self, kind, value, trace) -> None:
+    self.verbs += 1
+    sys.unraisablehook = self.hook
+    while self.before:
+      signal.signal(*self.before.popitem())
+    if self.asked and isinstance(value, Exception):
+      raise Interrupted("", self.asked) from value
+
+
+SIGNALS = Signals()
+
+
 def main(args: Sequence[str] | None = None) -> int:
   """Runs a verb; 0 when it is done, 2 after a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
+  if args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # after the verb nothing is left to say: not a traceback
   try:
     code = _main(args)
   except Exception:
@@ -276,7 +350,8 @@ def _main(args: Sequence[str] | None) -> int:
   try:
     if args[0] not in verbs:
       raise UserError(f"unknown verb {args[0]!r}; known are {', '.join(verbs)}")
-    verbs[args[0]](args[1:])
+    with SIGNALS:
+      verbs[args[0]](args[1:])
   except UserError as error:
     print(f"ernie-jax: {error}", file=sys.stderr)
     return 2

@@ -58,6 +58,8 @@ class Stop:
   def __exit__(self, kind, value, trace) -> None:
     for number, handler in self.before.items():
       signal.signal(number, handler)
+    if self.asked and kind is None:  # too late for the last step's answer
+      raise Interrupted("", self.asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ def train(
   train_step: Any = step.make_train_step(model, stage)
   best: dict[str, Any] | None = None
 
-  with Checkpoints(directory / "checkpoints", stage.keep) as checkpoints, Stop() as stop:
+  with Stop() as stop, Checkpoints(directory / "checkpoints", stage.keep) as checkpoints:  # which waits for its save
     if checkpoints.any():
       like, state = described(state), None  # there is room for one state only
       state, position, best = checkpoints.newest(like)

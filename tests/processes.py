@@ -92,9 +92,12 @@ def train(directory, stop, texts, params, model, data, stage):
 
   Before, another stage with many saves: neither its steps nor its saves may disturb what is agreed in this one.
   """
+  import conftest
+
   from ernie_jax import train as loop
 
   grid = mesh.make()
+  step.make_train_step = conftest.shared(step.make_train_step)
   if stop:
     before = dataclasses.replace(stage, checkpoint_every=1)
     with jax.set_mesh(grid):

@@ -1,19 +1,30 @@
 """The command line: mistakes end in one line that says what, where and what to do, with exit code 2."""
 
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
 import sources
 
+from ernie_jax import __main__ as command
 from ernie_jax import config, datasets, progress, tokens
 from ernie_jax.__main__ import main
 
 ERNIE = str(Path(__file__).parent / "fixtures" / "ernie")
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """The data set is prepared once."""
+  return tmp_path_factory.mktemp("cache")
 
 
 @pytest.mark.parametrize(
@@ -45,9 +56,9 @@ TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
     (["search", "/nowhere", "--k", "0"], "--k 0"),
   ],
 )
-def test_a_mistake_is_one_line(args, says, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line(args, says, cache, tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
-  extra = ["--data.cache", str(tmp_path / "cache"), "--output", str(tmp_path / "out")] if args[1:2] == [TINY] else []
+  extra = ["--data.cache", str(cache), "--output", str(tmp_path / "out")] if args[1:2] == [TINY] else []
   assert main([*args, *extra]) == 2
   printed = capsys.readouterr()
   errors = [line for line in printed.err.splitlines() if line.startswith("ernie-jax: ")]
@@ -91,11 +102,11 @@ def test_an_output_that_cannot_be_one_is_refused(tmp_path, capsys):
   assert (tmp_path / "weights" / "config.json").exists()
 
 
-def test_a_teacher_with_another_vocabulary_is_refused(tmp_path, capsys):
+def test_a_teacher_with_another_vocabulary_is_refused(cache, tmp_path, capsys):
   shutil.copytree(ERNIE, tmp_path / "ernie")
   words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]
   (tmp_path / "ernie" / "vocab.txt").write_text("".join(f"{word}\n" for word in words))
-  places = ["--output", str(tmp_path / "out"), "--data.cache", str(tmp_path / "cache")]
+  places = ["--output", str(tmp_path / "out"), "--data.cache", str(cache)]
   assert main(["run", TINY, *places, "--model.teacher-start", str(tmp_path / "ernie")]) == 2
   assert "its vocabulary is not the student's" in capsys.readouterr().err
 
@@ -179,3 +190,87 @@ def test_given_negatives_that_are_not_there_are_refused_before_training(tmp_path
   flags = ["--data.name", "beir", "--data.folder", str(folder), "--data.cache", str(tmp_path / "cache")]
   assert main(["run", TINY, "--output", str(tmp_path / "out"), "--mine.use", "both", *flags]) == 2
   assert "mine.use='both': the training queries bring no negatives" in capsys.readouterr().err.splitlines()[-1]
+
+
+INTERRUPTED = "\nernie-jax: interrupted; the same command continues\n"
+
+
+def in_a_destructor(interrupt):
+  """Where Python drops every exception."""
+
+  class Thing:
+    def __del__(self):
+      interrupt()
+
+  Thing()
+  time.sleep(20)
+
+
+def in_an_import(interrupt):
+  """Where it becomes an error of another type."""
+  try:
+    interrupt()
+  except KeyboardInterrupt as error:
+    raise ImportError("initialization failed") from error
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", [lambda interrupt: interrupt(), in_a_destructor, in_an_import])
+def test_an_interruption_is_never_lost(where, number, monkeypatch, capsys):
+  def interrupt():
+    if number is None and where is not in_an_import:  # there it were an error like any other
+      raise KeyboardInterrupt
+    signal.raise_signal(number or signal.SIGINT)
+
+  def verb(_):
+    command.SIGNALS.take(signal.SIGTERM)
+    where(interrupt)
+
+  before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], sys.unraisablehook
+  monkeypatch.setattr(command, "search", verb)
+  assert main(["search"]) == 128 + (number or signal.SIGINT)
+  assert capsys.readouterr().err == INTERRUPTED
+  assert before == ([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], sys.unraisablehook)
+
+
+def test_other_errors_that_python_drops_are_shown_as_before(monkeypatch):
+  class Thing:
+    def __del__(self):
+      raise ValueError("unheard")
+
+  seen = []
+  monkeypatch.setattr(sys, "unraisablehook", lambda what: seen.append(what.exc_type))
+  monkeypatch.setattr(command, "search", lambda _: Thing())
+  assert main(["search"]) == 0
+  assert seen == [ValueError]
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_a_verb_that_swallows_an_interruption_is_ended(second):
+  """At once by a second one, else after a while."""
+  code = f"""
+    import signal, sys, time
+    from ernie_jax import __main__ as command
+    command.GRACE = {60 if second else 0.2}
+    def verb(_):
+      try:
+        signal.raise_signal(signal.SIGINT)
+      except:
+        print("swallowed")
+      if {second}:
+        signal.raise_signal(signal.SIGINT)
+      time.sleep(20)
+    command.search = verb
+    sys.exit(command.main(["search"]))
+  """
+  done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+  assert (done.returncode, done.stderr) == (130, INTERRUPTED)
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path):
+  (tmp_path / "tyro.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+  path = os.pathsep.join([str(tmp_path), str(Path(command.__file__).parent.parent)])
+  done = subprocess.run(
+    [sys.executable, "-m", "ernie_jax", "--help"], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED)

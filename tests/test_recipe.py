@@ -25,16 +25,15 @@ def place(tmp_path_factory):
 
 def begin(place: Path, output: Path) -> subprocess.Popen:
   """Starts the tiny recipe as a user does; compiled programs are shared between the starts of this test."""
-  flags = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
   cache = {
     "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   }
   command = [sys.executable, "-m", "ernie_jax", "run", "configs/tiny.py", "--output", str(output)]
   return subprocess.Popen(
     [*command, "--data.cache", str(place / "cache")],
     cwd=ROOT,
-    env=os.environ | cache | {"XLA_FLAGS": flags},
+    env=os.environ | cache,
     stdout=subprocess.PIPE,
     stderr=open(f"{output}.log", "a"),
     text=True,
@@ -159,7 +158,18 @@ def test_search_equals_the_run_file(whole):
     np.testing.assert_allclose(list(found.values()), [run[name][p] for p in found], atol=1e-4)
 
 
-INTERRUPTIONS = [(stage, how) for stage in recipe.STAGES for how in (signal.SIGINT, signal.SIGKILL)]
+# `benchmarks/faults.py` kills in every stage, and during saves. Here both signals meet stages of both kinds.
+INTERRUPTIONS = {
+  "prepare": signal.SIGINT,
+  "baselines": signal.SIGINT,
+  "interaction": signal.SIGKILL,
+  "mine": signal.SIGKILL,
+  "warmup": signal.SIGINT,
+  "check": signal.SIGINT,
+  "cascade": signal.SIGKILL,
+  "encode": signal.SIGINT,
+  "evaluate": signal.SIGKILL,
+}
 
 
 def lines(path: Path) -> int:
@@ -167,11 +177,12 @@ def lines(path: Path) -> int:
 
 
 @pytest.mark.timeout(900)
-def test_no_interruption_changes_the_result(whole, place):
+def test_no_interruption_changes_the_result(whole, place, capsys):
   expected, _ = whole
+  assert tuple(INTERRUPTIONS) == recipe.STAGES
   output = place / "broken"
   log = Path(f"{output}.log")
-  for stage, how in INTERRUPTIONS:
+  for stage, how in INTERRUPTIONS.items():
     log.write_text("")
     before = lines(output / stage / "log.jsonl")
     process = begin(place, output)
@@ -197,11 +208,9 @@ def test_no_interruption_changes_the_result(whole, place):
     terms = lambda directory: [json.loads(line)["terms"] for line in log_lines(directory)]
     assert terms(output) == terms(expected)
   # Given once more, the command finds everything done.
-  log.write_text("")
-  process = begin(place, output)
-  process.communicate()
-  assert process.returncode == 0
-  assert log.read_text().count("done before") == len(recipe.STAGES) - 1  # prepare loads the data in any case
+  command = ["run", str(ROOT / "configs" / "tiny.py"), "--output", str(output)]
+  assert main([*command, "--data.cache", str(place / "cache")]) == 0
+  assert capsys.readouterr().err.count("done before") == len(recipe.STAGES) - 1  # prepare loads the data in any case
 
 
 def test_another_configuration_in_the_same_folder_is_refused(whole, capsys):
