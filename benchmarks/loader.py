@@ -26,10 +26,10 @@ def measure(texts: batches.Texts, data: config.Data, train: config.Train, turns:
   layout = batches.layout(data, train, 1, texts)
   iterator = batches.batches(texts, data, train, 0, layout)
   next(iterator)
-  tally = {tower: np.zeros(2) for tower in batches.TOWERS}
+  tally = {tower: np.zeros(2) for tower in layout.count}
   begin, spent = time.perf_counter(), time.process_time()
   for batch in itertools.islice(iterator, turns):
-    for tower in batches.TOWERS:
+    for tower in tally:
       rows = getattr(batch, tower)
       tally[tower] += np.count_nonzero(rows.segments), rows.segments.size
   passages = turns * train.batch * (1 + train.negatives)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from ernie_jax.scores import Batch
 from ernie_jax.tokens import Tokenizer
 
 PATIENCE = 50  # examples put off for a place in a unit before packing gives up
+MARGIN = 0.02  # packed rows beyond what texts need on average: what waits must find room soon
 SIMULATED = 64  # units of examples that tell how many rows a unit needs
 
 
@@ -181,12 +183,14 @@ def choose(texts: Texts, query: int, negatives: int, rng: np.random.Generator) -
   return np.array([rng.choice(texts.positives[query]), *chosen], np.int32)
 
 
-TOWERS = ("queries", "passages", "pairs")
+def towers(weights: config.Weights) -> tuple[str, ...]:
+  """The parts of a batch that go through an encoder for some term."""
+  return (*(("queries", "passages") if weights.needs_student else ()), *(("pairs",) if weights.needs_teacher else ()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The shape of batches: queries of a unit (1 without packing); by tower, rows of a unit and tokens of a row."""
+  """The shape of batches: queries of a unit (1 unless packed); by tower in use, rows of a unit and tokens of a row."""
 
   unit: int
   count: dict[str, int]
@@ -195,7 +199,7 @@ class Layout:
 
   def rows(self, batch: int) -> dict[str, tuple[int, int]]:
     """Rows of a global batch, and their tokens, by tower."""
-    return {tower: (self.count[tower] * batch // self.unit, self.length[tower]) for tower in TOWERS}
+    return {tower: (count * batch // self.unit, self.length[tower]) for tower, count in self.count.items()}
 
 
 @dataclasses.dataclass
@@ -261,12 +265,13 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
   """
   unit, lists = 1 if data.pack is None else train.chunk or train.batch // devices, 1 + train.negatives
   longest = {"queries": data.query_length, "passages": data.passage_length, "pairs": data.pair_length}
-  number = {"queries": unit, "passages": unit * lists, "pairs": unit * lists}
+  used = towers(train.weights)
+  number = {tower: unit if tower == "queries" else unit * lists for tower in used}
   if data.pack is None:
     return Layout(unit, number, longest, False)
-  length = {tower: max(data.pack, longest[tower]) for tower in TOWERS}
+  length = {tower: max(data.pack, longest[tower]) for tower in used}
   if texts is None:
-    count = {tower: -(-number[tower] // (length[tower] // longest[tower])) for tower in TOWERS}
+    count = {tower: -(-number[tower] // (length[tower] // longest[tower])) for tower in used}
     return Layout(unit, count, length, True)
   rng = np.random.default_rng(0)
   size = sizes(texts, data)
@@ -275,14 +280,18 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
     for number, query in enumerate(rng.integers(len(texts.queries), size=SIMULATED * unit).tolist())
     for own in [choose(texts, query, train.negatives, rng)]
   ]
-  count = {tower: _rows(drawn, unit, tower, length[tower], longest[tower]) for tower in TOWERS}
+  count = {tower: _rows(drawn, unit, tower, length[tower], longest[tower]) for tower in used}
   return Layout(unit, count, length, True)
 
 
 def _rows(drawn: list[Example], unit: int, tower: str, length: int, longest: int) -> int:
-  """The fewest rows for a unit with which examples do not wait longer and longer."""
+  """The fewest rows of a unit, `MARGIN` allowed, with which examples do not wait longer and longer."""
+  together = np.concatenate([e.sizes[tower] for e in drawn])
+  places = first_fit(together, length, len(together))
+  assert places is not None  # a row for each would do
+  mean = (int(places.max()) // length + 1) / SIMULATED
   alone = -(-len(drawn[0].sizes[tower]) // (length // longest))  # rows that any one example fits
-  count = max(sum(int(e.sizes[tower].sum()) for e in drawn) // (SIMULATED * length), alone - 1)
+  count = max(math.ceil(mean * (1 + MARGIN)), alone) - 1
   while True:
     count += 1
     queue = Queue(lambda number: drawn[number % len(drawn)])
@@ -333,14 +342,16 @@ def gather(units: Sequence[Unit], texts: Texts, data: config.Data, shape: Layout
       "longest": longest,
     }
 
-  repeated = list(itertools.chain.from_iterable(itertools.repeat(q, lists) for q in queries))
-  return Batch(
-    queries=template.queries(queries, **placed("queries", data.query_length)),
-    passages=template.passages(passages, **placed("passages", data.passage_length)),
-    pairs=template.pairs(repeated, passages, **placed("pairs", data.pair_length)),
-    texts=texts.identity[np.concatenate([e.passages for e in examples])],
-    known=table,
-  )
+  made: dict[str, Any] = {"queries": None, "passages": None, "pairs": None}
+  for tower in shape.count:
+    if tower == "pairs":
+      repeated = list(itertools.chain.from_iterable(itertools.repeat(q, lists) for q in queries))
+      made[tower] = template.pairs(repeated, passages, **placed(tower, data.pair_length))
+    elif tower == "queries":
+      made[tower] = template.queries(queries, **placed(tower, data.query_length))
+    else:
+      made[tower] = template.passages(passages, **placed(tower, data.passage_length))
+  return Batch(**made, texts=texts.identity[np.concatenate([e.passages for e in examples])], known=table)
 
 
 def batches(
@@ -358,7 +369,7 @@ def batches(
   known = int(texts.positives.lengths.max())
   size = sizes(texts, data)
   mine = (np.arange(train.batch) if rows is None else rows)[:: shape.unit] // shape.unit
-  room = {tower: (shape.count[tower], shape.length[tower]) for tower in TOWERS}
+  room = {tower: (count, shape.length[tower]) for tower, count in shape.count.items()}
   examples = (
     grain.MapDataset.range(len(texts.queries))
     .seed(seed)

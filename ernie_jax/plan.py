@@ -290,7 +290,9 @@ def arguments(
   layout = batches.layout(data, train, over.size)
   shapes = layout.rows(train.batch)
 
-  def rows(tower: str, texts: int, longest: int, lead: int) -> Rows:
+  def rows(tower: str, texts: int, longest: int, lead: int) -> Any:
+    if tower not in shapes:
+      return None
     packed: Any = (
       {"starts": number(texts), "unit": texts * layout.unit // b, "longest": longest} if layout.packed else {}
     )

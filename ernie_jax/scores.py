@@ -28,7 +28,7 @@ Params = dict  # {"student": Student, "teacher": Teacher}
 class Batch:
   """B queries, each with its own list of K passages: the positive at index 0, then hard negatives."""
 
-  queries: Rows  # B texts
+  queries: Rows  # B texts; None, as the other two, where no term asks for it
   passages: Rows  # B*K texts, query by query
   pairs: Rows  # B*K texts [CLS] query [SEP] passage [SEP], of the same tokens
   texts: Int[Array, "bk"]  # identity of each passage's text: equal texts have equal numbers
@@ -254,10 +254,10 @@ def towers(
   weights, size = train.weights, len(batch.texts) // len(numbers)  # K
   chunk = train.chunk or len(numbers)
   config.check(len(numbers) % chunk == 0, "chunk", chunk, f"does not divide {len(numbers)} queries of a device")
-  if batch.queries.starts is not None and batch.queries.unit != chunk:
-    raise ValueError(f"a batch packed in units of {batch.queries.unit} queries, encoded {chunk} at a time")
+  lists_of = batch.pairs if batch.passages is None else batch.passages
+  if lists_of.starts is not None and lists_of.unit != chunk * size:
+    raise ValueError(f"a batch packed in units of {lists_of.unit // size} queries, encoded {chunk} at a time")
   count = len(numbers) // chunk
-  query_length = batch.queries.longest or batch.queries.tokens.shape[1]
 
   def noise(tower, texts):
     return None if (own := seeds[tower]) is None else Noise(own, texts, jnp.zeros_like(texts))
@@ -273,6 +273,7 @@ def towers(
     own = lambda x: x.reshape(-1, size, *x.shape[1:])
     if not weights.kl_attention:
       return own(logits), None
+    query_length = batch.queries.longest or batch.queries.tokens.shape[1]
     return own(logits), own(pair_attention(attention, pairs, passages, query_length))
 
   def embedded(tower, rows, numbers):

@@ -181,9 +181,7 @@ def shapes(params: Params) -> tuple[config.Architecture, config.Architecture]:
 
 def rates(batch: Batch, stage: config.Train, seconds: float, work: float) -> dict[str, float]:
   """Speed of one step over all devices, its data included; `batch` is this host's share, `work` the step's FLOPs."""
-  weights = stage.weights
-  used = [batch.queries, batch.passages] if weights.needs_student else []
-  used += [batch.pairs] if weights.needs_teacher else []
+  used = [rows for rows in (batch.queries, batch.passages, batch.pairs) if rows is not None]
   tokens = sum(rows.tokens.size for rows in used) * jax.process_count()
   real = sum(int(np.count_nonzero(rows.segments)) for rows in used) * jax.process_count()
   share = cost.mfu(work, seconds, jax.device_count())
