@@ -19,7 +19,7 @@ from ernie_jax.config import UserError
 from ernie_jax.datasets import rows
 
 Files = dict[str, bytes]
-TIMES = int(__import__("os").environ.get("FUZZ", "50"))  # for each source
+TIMES = 50  # for each source
 
 
 # ---- What is in the files --------------------------------------------------------------------------------------------
