@@ -108,6 +108,9 @@ def test_tsv(tmp_path):
   assert found == [["1", "2"], ['"3', '4"'], ["9", ""]]
   assert bad.skipped == {"wrong number of columns": 2}
   assert ":4: 1 columns, not 2" in refusal(files.tsv, path, Bad(), [2])
+  assert ":1: the first line must be the header a, c" in refusal(files.tsv, path, Bad(9), [2], ("a", "c"))
+  path.write_text("a\tb\n1\t2\na\tb\n")
+  assert ":3: the header stands here again" in refusal(files.tsv, path, Bad(), [2], ("a", "b"))
   path.write_text('1\t"a ""b"" c"\tx\n2\t"open\ty\n3\t"closed" more\tz\n4\t"tab\there"\tt\n5\tin"side\tu\n')
   bad = Bad(2)
   found = [cells for _, cells in files.tsv(path, bad, [3], quoted=True)]

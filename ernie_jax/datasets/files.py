@@ -182,8 +182,8 @@ def tsv(
 ) -> Iterator[tuple[str, list[str]]]:
   """(where, cells) of lines of tab-separated columns, as many as one of `columns` says.
 
-  A first line that is `header` is left out. `quoted`: cells may stand in double quotes, doubled inside, as `csv` has
-  them; a cell ends on its line.
+  A `header` is the first line, and left out: without it, the order of columns would be a guess. `quoted`: cells may
+  stand in double quotes, doubled inside, as `csv` has them; a cell ends on its line.
   """
   csv.field_size_limit(LONGEST)
   wanted = " or ".join(map(str, columns))
@@ -195,6 +195,8 @@ def tsv(
       except csv.Error as error:
         bad("wrong quotes", where, f"not a line of csv ({error}); double the quotes inside a quoted cell")
         continue
+    if number == 0 and header and cells != list(header):
+      raise UserError(f"{where}: the first line must be the header {', '.join(header)}, separated by tabs; add it")
     if cells == list(header):
       if number:
         bad("header inside the file", where, "the header stands here again; take this line out")
