@@ -22,9 +22,9 @@ from ernie_jax.encoder import Rows
 from ernie_jax.scores import Batch
 from ernie_jax.tokens import Tokenizer
 
-PATIENCE = 50  # examples put off for a place in a unit before packing gives up
-MARGIN = 0.02  # packed rows beyond what texts need on average: what waits must find room soon
-SIMULATED = 64  # units of examples that tell how many rows a unit needs
+PATIENCE = 4  # times as many examples as a unit holds are looked at before it takes the smallest
+MARGIN = 0.01  # packed rows beyond what units need on average
+SIMULATED = 16384  # passages of the trial that tells how many rows a unit needs
 
 
 def rows(
@@ -225,6 +225,7 @@ class Queue:
 
   def __init__(self, draw: Callable[[int], Example]):
     self.draw, self.next, self.waiting = draw, 0, collections.deque[Example]()
+    self.overflows = collections.Counter[str]()  # by tower
 
   def take(self) -> Example:
     if self.waiting:
@@ -234,32 +235,39 @@ class Queue:
 
   def unit(self, size: int, room: dict[str, tuple[int, int]]) -> Unit:
     """The next `size` examples that fit together into `room`: rows and their tokens, by tower. Others wait."""
-    chosen = [self.take() for _ in range(size)]
-    late: list[Example] = []
-    places: dict[str, np.ndarray] = {}
-    while len(places) < len(room):
-      for tower, (count, length) in room.items():
-        found = first_fit(np.concatenate([e.sizes[tower] for e in chosen]), length, count)
-        if found is None:
-          if len(late) > PATIENCE * size:
-            raise UserError(
-              f"data.pack={length}: {count} rows of {tower} are too few for {size} queries that are packed together; "
-              "give a larger chunk, or a larger batch"
-            )
-          # The first stays: it may have waited before, and so none waits for ever.
-          largest = max(range(1, size), key=lambda i: chosen[i].sizes[tower].sum())
-          late.append(chosen.pop(largest))
-          chosen.append(self.take())
-          places = {}
-          break
-        places[tower] = found
+    chosen, late, patience = [self.take() for _ in range(size)], list[Example](), PATIENCE * size
+    while (found := fit(chosen, room))[1] is not None:
+      self.overflows[found[1]] += 1
+      tokens = lambda example, tower=found[1]: int(example.sizes[tower].sum())
+      if patience > 50 * PATIENCE * size:
+        raise UserError(f"data.pack={room[found[1]][1]}: {size} queries are too few to be packed together; raise chunk")
+      # The first stays: it may have waited before, and so none waits for ever.
+      if len(late) < patience:
+        late.append(chosen.pop(max(range(1, size), key=lambda i: tokens(chosen[i]))))
+        chosen.append(self.take())
+      else:  # many large ones have come together: the smallest of all that were looked at
+        patience += PATIENCE * size
+        pool = sorted(chosen[1:] + late, key=tokens)
+        chosen, late = [chosen[0], *pool[: size - 1]], pool[size - 1 :]
     self.waiting.extendleft(sorted(late, key=lambda e: -e.number))
-    return Unit(chosen, places)
+    return Unit(chosen, found[0])
+
+
+def fit(chosen: Sequence[Example], room: dict[str, tuple[int, int]]) -> tuple[dict[str, np.ndarray], str | None]:
+  """Where texts begin, by tower; or the tower in which they do not fit."""
+  places = {}
+  for tower, (count, length) in room.items():
+    found = first_fit(np.concatenate([e.sizes[tower] for e in chosen]), length, count)
+    if found is None:
+      return {}, tower
+    places[tower] = found
+  return places, None
 
 
 def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | None = None) -> Layout:
   """How batches are laid out over so many devices; packed, as the lengths of `texts` ask for (None: all the longest).
 
+  A unit gets the rows that its texts need on average, and more until, in a trial, few examples wait.
   A unit is what a device encodes at once: its part of the batch, or a chunk. To have the same examples in a batch on
   any number of devices with packing, set `train.chunk`.
   """
@@ -277,28 +285,31 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
   size = sizes(texts, data)
   drawn = [
     Example(number, query, own, size(query, own))
-    for number, query in enumerate(rng.integers(len(texts.queries), size=SIMULATED * unit).tolist())
+    for number, query in enumerate(
+      rng.integers(len(texts.queries), size=max(64, SIMULATED // (unit * lists)) * unit).tolist()
+    )
     for own in [choose(texts, query, train.negatives, rng)]
   ]
-  count = {tower: _rows(drawn, unit, tower, length[tower], longest[tower]) for tower in used}
-  return Layout(unit, count, length, True)
-
-
-def _rows(drawn: list[Example], unit: int, tower: str, length: int, longest: int) -> int:
-  """The fewest rows of a unit, `MARGIN` allowed, with which examples do not wait longer and longer."""
-  together = np.concatenate([e.sizes[tower] for e in drawn])
-  places = first_fit(together, length, len(together))
-  assert places is not None  # a row for each would do
-  mean = (int(places.max()) // length + 1) / SIMULATED
-  alone = -(-len(drawn[0].sizes[tower]) // (length // longest))  # rows that any one example fits
-  count = max(math.ceil(mean * (1 + MARGIN)), alone) - 1
+  count = {}
+  for tower in used:
+    whole = [np.concatenate([e.sizes[tower] for e in own]) for own in np.reshape(np.array(drawn, object), (-1, unit))]
+    mean = np.mean([_rows(own, length[tower]) for own in whole])
+    alone = _rows(np.full(number[tower] // unit, longest[tower]), length[tower])  # rows that any one example fits
+    count[tower] = max(math.ceil(mean * (1 + MARGIN)), alone)
   while True:
-    count += 1
     queue = Queue(lambda number: drawn[number % len(drawn)])
-    while queue.next < len(drawn) and len(queue.waiting) <= 4 * unit:
-      queue.unit(unit, {tower: (count, length)})
-    if len(queue.waiting) <= unit // 8:
-      return count
+    while queue.next < 2 * len(drawn) and len(queue.waiting) <= 4 * unit:
+      queue.unit(unit, {tower: (count[tower], length[tower]) for tower in used})
+    if len(queue.waiting) <= unit // 8 + 1:
+      return Layout(unit, count, length, True)
+    count[queue.overflows.most_common(1)[0][0]] += 1
+
+
+def _rows(sizes: np.ndarray, length: int) -> int:
+  """How many rows first-fit needs."""
+  places = first_fit(sizes, length, len(sizes))
+  assert places is not None  # a row for each would do
+  return int(places.max()) // length + 1
 
 
 def sizes(texts: Texts, data: config.Data) -> Callable[[int, np.ndarray], dict[str, np.ndarray]]:

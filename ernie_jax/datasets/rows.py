@@ -6,8 +6,8 @@ While rows stream through, an index is written beside them (`Index`), so that a 
   corpus/identity.npy                               [N] the first passage with the same title and text
   <split>/ids  <split>/positives  <split>/negatives the queries' ids, and rows of their passages
 
-A passage takes about 70 bytes of memory while it is prepared, however long it is: 8,841,823 took 630 MiB at the peak,
-mapped files included.
+A passage takes about 70 bytes of memory while it is prepared, however long it is: 8,841,823 of them took 630 MiB at the
+peak, mapped files included.
 """
 
 from __future__ import annotations
