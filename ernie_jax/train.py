@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -102,7 +103,8 @@ def train(
   train_step: Any = step.make_train_step(model, stage)
   best: dict[str, Any] | None = None
 
-  with Stop() as stop, Checkpoints(directory / "checkpoints", stage.keep) as checkpoints:  # which waits for its save
+  saved = Checkpoints(directory / "checkpoints", stage.keep)
+  with Stop() as stop, contextlib.closing(iterator), saved as checkpoints:  # which waits for its last save
     if checkpoints.any():
       like, state = described(state), None  # there is room for one state only
       state, position, best = checkpoints.newest(like)
