@@ -115,7 +115,30 @@ def jsonl(make: Maker, place: Path, passages: int, sizes: dict[str, int]) -> Non
     lines(place / f"{split}.jsonl", map(json.dumps, rows))
 
 
-FORMATS = {"msmarco": msmarco, "dpr": dpr, "beir": beir, "jsonl": jsonl}
+def dureader(make: Maker, place: Path, passages: int, sizes: dict[str, int]) -> None:
+  """The words are no Chinese; texts are held in memory, for the training pairs repeat them."""
+  texts = [text for _, _, text in make.passages(passages)]
+  for folder in ("passage-collection", "train", "dev"):
+    (place / folder).mkdir(exist_ok=True)
+  half = -(-passages // 2)
+  for part in range(2):
+    lines(place / f"passage-collection/part-0{part}", (f"-\t-\t{text}\t0" for text in texts[part * half :][:half]))
+  (place / "passage-collection/passage2id.map.json").write_text(json.dumps({str(i): f"p{i}" for i in range(passages)}))
+  pairs = (
+    f"{text}\t-\t{texts[int(own[0])]}\t-\t{texts[int(other)]}\t0"
+    for _, text, own, others in make.queries(sizes["train"], passages, "train")
+    for other in others[:4]
+  )
+  lines(place / "train/dual.train.tsv", pairs)
+  answer = lambda p: {"paragraph_id": f"p{p}", "paragraph_text": texts[int(p)]}
+  asked = (
+    json.dumps({"question_id": i, "question": text, "answer_paragraphs": [answer(p) for p in own]})
+    for i, text, own, _ in make.queries(sizes["dev"] + sizes["test"], passages, "dev")
+  )
+  lines(place / "dev/dev.json", asked)
+
+
+FORMATS = {"msmarco": msmarco, "dpr": dpr, "beir": beir, "dureader": dureader, "jsonl": jsonl}
 
 
 def main() -> None:

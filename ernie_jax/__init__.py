@@ -13,7 +13,8 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   columns on disk                       columns.py
   texts, queries, judgements            datasets/
   tokenizer and token store             tokens.py
-  lists, hard negatives, batches        batches.py
+  templates, rows of tokens             templates.py
+  lists, hard negatives, packed batches batches.py
   released weights                      pretrained.py
   state and data position on disk       checkpoints.py
   the training loop                     train.py

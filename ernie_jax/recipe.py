@@ -35,6 +35,7 @@ from ernie_jax import (
   report,
   retrieval,
   step,
+  templates,
   tokens,
 )
 from ernie_jax.columns import Ragged
@@ -65,8 +66,8 @@ class Run:
   params: Params = dataclasses.field(default_factory=dict)  # to start from
 
   @property
-  def template(self) -> batches.Template:
-    return batches.Template(self.tokenizer, self.config.data)
+  def template(self) -> templates.Template:
+    return templates.Template(self.tokenizer, self.config.data)
 
   def stage(self, name: str, work: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Does the work of a stage in its folder unless it is done; its result, with the seconds it took."""

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ernie_jax import checkpoints, config, mesh, scores
-from ernie_jax.batches import Template
 from ernie_jax.columns import Ragged
 from ernie_jax.config import Interrupted, UserError
 from ernie_jax.encoder import Rows
 from ernie_jax.progress import Progress
+from ernie_jax.templates import Template
 from ernie_jax.tokens import Tokenizer, in_memory
 
 ROWS = 64  # texts encoded at once, on each device

@@ -56,25 +56,25 @@ TINY = config.Architecture(vocabulary=50, width=16, layers=3, heads=2, inner=32,
 def make_rows(
   rng: np.random.Generator, parts: list[list[np.ndarray]], length: int, shift: int = 0, pack: tuple[int, int] = (0, 0)
 ) -> Rows:
-  """[1] part [2] part [2] and padding, as `batches.rows` lays texts out; `shift` adds padding columns.
+  """[1] part [2] part [2] and padding, as `templates.rows` lays texts out; `shift` adds padding columns.
 
   Packed with `pack=(units, length)`: the texts are so many units, in rows of that length.
   """
-  from ernie_jax import batches
+  from ernie_jax import batches, templates
 
   class Ids:
     pad, cls, sep, mask = 0, 1, 2, 3
 
   units, wide = pack
   if not units:
-    return batches.rows(parts, length + shift, Ids)
+    return templates.rows(parts, length + shift, Ids)
   sizes = np.array([1 + sum(len(part) + 1 for part in own) for own in parts])
   each, count = len(parts) // units, len(parts) // units - 1
   places = np.concatenate([batches.first_fit(own, wide, count) for own in np.split(sizes, units)])
   order = rng.permutation(count)  # packed rows in any order
   places = order[places // wide] * wide + places % wide
   assert each > count
-  return batches.rows(parts, wide, Ids, places=places, units=units, count=count, longest=length)
+  return templates.rows(parts, wide, Ids, places=places, units=units, count=count, longest=length)
 
 
 def make_batch(

@@ -18,6 +18,7 @@ ORDER = [
   "columns",
   "datasets",
   "tokens",
+  "templates",
   "batches",
   "pretrained",
   "checkpoints",

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ernie_jax import batches, config, pretrained, step, tokens
+from ernie_jax import config, pretrained, step, templates, tokens
 from ernie_jax.config import UserError
 from ernie_jax.encoder import Encoder, Rows
 
@@ -38,7 +38,7 @@ def test_minilm_equals_the_reference_on_real_text(minilm, scan):
   stored = np.load(FIXTURES / "minilm.npz")
   tokenizer = tokens.Tokenizer.load(minilm.directory)
   store = tokens.in_memory(stored["texts"].tolist(), tokenizer)
-  rows = batches.rows([[store[i]] for i in range(len(store))], stored["tokens"].shape[1], tokenizer)
+  rows = templates.rows([[store[i]] for i in range(len(store))], stored["tokens"].shape[1], tokenizer)
   np.testing.assert_array_equal(rows.tokens, stored["tokens"])
   real = stored["mask"] > 0
   np.testing.assert_array_equal(rows.segments > 0, real)
