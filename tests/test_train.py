@@ -111,6 +111,7 @@ def test_rates_count_every_token_that_is_computed(texts):
   real = sum((rows.segments > 0).sum() for rows in (batch.queries, batch.passages, batch.pairs))
   assert found["real_tokens"] == real / (pairs + passages + queries)
   student = dataclasses.replace(STAGE, weights=config.Weights.only(nll_de=1))
+  batch = next(batches.batches(texts, DATA, student, 0, batches.layout(DATA, student, 8)))
   assert loop.rates(batch, student, 2.0, 1e9)["tokens_per_second"] == (passages + queries) / 2
 
 
