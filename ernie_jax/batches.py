@@ -7,6 +7,7 @@ number of rows. An example that does not fit its unit waits for the next one, an
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -177,13 +178,13 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
     return Layout(unit, count, length, True)
   rng = np.random.default_rng(0)
   size = sizes(texts, data)
-  drawn = [
-    Example(number, query, own, size(query, own))
-    for number, query in enumerate(
-      rng.integers(len(texts.queries), size=max(64, SIMULATED // (unit * lists)) * unit).tolist()
-    )
-    for own in [choose(texts, query, train.negatives, rng)]
-  ]
+
+  def example(number: int) -> Example:
+    query = int(rng.integers(len(texts.queries)))
+    own = choose(texts, query, train.negatives, rng)
+    return Example(number, query, own, size(query, own))
+
+  drawn = [example(number) for number in range(max(64, SIMULATED // (unit * lists)) * unit)]
   count = {}
   for tower in used:
     whole = [np.concatenate([e.sizes[tower] for e in own]) for own in np.reshape(np.array(drawn, object), (-1, unit))]
@@ -192,10 +193,11 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
     count[tower] = max(math.ceil(mean * (1 + MARGIN)), alone)
   while True:
     queue = Queue(lambda number: drawn[number % len(drawn)])
-    while queue.next < 2 * len(drawn) and len(queue.waiting) <= 4 * unit:
-      queue.unit(unit, {tower: (count[tower], length[tower]) for tower in used})
-    if len(queue.waiting) <= unit // 8 + 1:
-      return Layout(unit, count, length, True)
+    with contextlib.suppress(UserError):  # so few rows that some unit cannot be filled
+      while queue.next < 2 * len(drawn) and len(queue.waiting) <= 4 * unit:
+        queue.unit(unit, {tower: (count[tower], length[tower]) for tower in used})
+      if len(queue.waiting) <= unit // 8 + 1:
+        return Layout(unit, count, length, True)
     count[queue.overflows.most_common(1)[0][0]] += 1
 
 

@@ -8,6 +8,7 @@ import pytest
 from conftest import distance, make_batch
 
 from ernie_jax import batches, columns, config, mesh, scores, step, tokens
+from ernie_jax.config import UserError
 
 QUERIES = [f"query number {i}" for i in range(23)]
 PASSAGES = [f"passage {i} answers query number {i} at some length" for i in range(23)] + [
@@ -209,3 +210,30 @@ def test_packed_batches_hold_what_padded_ones_hold(texts):
   assert len(seen) + len(waiting) == state[-1]["next"]  # 184 examples are 8 epochs
   counts = np.bincount(seen, minlength=23)
   assert counts.max() - counts.min() <= 1 + len(waiting)
+
+
+def test_packed_hosts_make_their_units_of_one_global_batch_and_go_on_where_one_stopped(texts):
+  train = dataclasses.replace(TRAIN, chunk=2)
+  whole = make(texts, PACKED, train)
+  take(whole, 3)
+  position = whole.get_state()
+  expected = take(whole, 3)
+  for first in (0, 4):
+    host = make(texts, PACKED, train, rows=np.arange(first, first + 4))
+    host.set_state(position)
+    for own, batch in zip(take(host, 3), expected, strict=True):
+      for part, all_ in zip(jax.tree.leaves(own), jax.tree.leaves(batch), strict=True):
+        np.testing.assert_array_equal(part, np.split(all_, 2)[first // 4])
+
+
+def test_long_examples_wait_and_none_for_ever():
+  """A unit has room for one large example, three come together; a unit that cannot hold its queries says so."""
+  draw = lambda n: batches.Example(n, n, np.zeros(0, int), {"passages": np.full(1, 40 if n % 16 < 3 else 8)})
+  queue = batches.Queue(draw)
+  seen = [e.number for _ in range(100) for e in queue.unit(4, {"passages": (1, 88)}).examples]
+  assert queue.overflows["passages"] > 10
+  assert len(queue.waiting) <= 4
+  assert sorted(seen + [e.number for e in queue.waiting]) == list(range(queue.next))
+  assert max(abs(place - number) for place, number in enumerate(seen)) <= 12
+  with pytest.raises(UserError, match="too few to be packed together"):
+    queue.unit(4, {"passages": (1, 24)})
