@@ -208,7 +208,7 @@ def data(args: Sequence[str]) -> None:
   flags = ["--data.name", settings.name]
   for field in ("folder", "skip_bad", "packages", "cache", "query_length", "passage_length"):
     value = getattr(settings, field)
-    if value != getattr(Data, field):
+    if value != getattr(Data, field) or field.endswith("length"):  # the configuration may have others
       flags += [f"--data.{field.replace('_', '-')}", *(value if field == "packages" else [str(value)])]
   flags += ["--model.start", chosen.start] if chosen.start else []
   print(f"next: ernie-jax run configs/quickstart.py {shlex.join(flags)} --output runs/{settings.name}")

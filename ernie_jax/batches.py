@@ -59,7 +59,7 @@ class Texts:
   passages: Ragged
   identity: np.ndarray  # [passages] the first row with the same text: equal texts are one
   positives: Ragged  # of each query: rows of its known positives
-  negatives: Ragged  # of each query: rows of its hard negatives, best first; may be empty
+  negatives: Ragged  # of each query: rows of its hard negatives; may be empty
   tokenizer: Tokenizer
 
 
@@ -78,7 +78,7 @@ def choose(texts: Texts, query: int, negatives: int, rng: np.random.Generator) -
   return np.array([rng.choice(texts.positives[query]), *chosen], np.int32)
 
 
-def towers(weights: config.Weights) -> tuple[str, ...]:
+def used(weights: config.Weights) -> tuple[str, ...]:
   """The parts of a batch that go through an encoder for some term."""
   return (*(("queries", "passages") if weights.needs_student else ()), *(("pairs",) if weights.needs_teacher else ()))
 
@@ -168,13 +168,13 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
   """
   unit, lists = 1 if data.pack is None else train.chunk or train.batch // devices, 1 + train.negatives
   longest = {"queries": data.query_length, "passages": data.passage_length, "pairs": data.pair_length}
-  used = towers(train.weights)
-  number = {tower: unit if tower == "queries" else unit * lists for tower in used}
+  towers = used(train.weights)
+  number = {tower: unit if tower == "queries" else unit * lists for tower in towers}
   if data.pack is None:
     return Layout(unit, number, longest, False)
-  length = {tower: max(data.pack, longest[tower]) for tower in used}
+  length = {tower: max(data.pack, longest[tower]) for tower in towers}
   if texts is None:
-    count = {tower: -(-number[tower] // (length[tower] // longest[tower])) for tower in used}
+    count = {tower: -(-number[tower] // (length[tower] // longest[tower])) for tower in towers}
     return Layout(unit, count, length, True)
   rng = np.random.default_rng(0)
   size = sizes(texts, data)
@@ -186,16 +186,20 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
 
   drawn = [example(number) for number in range(max(64, SIMULATED // (unit * lists)) * unit)]
   count = {}
-  for tower in used:
+  for tower in towers:
     whole = [np.concatenate([e.sizes[tower] for e in own]) for own in np.reshape(np.array(drawn, object), (-1, unit))]
     mean = np.mean([_rows(own, length[tower]) for own in whole])
-    alone = _rows(np.full(number[tower] // unit, longest[tower]), length[tower])  # rows that any one example fits
-    count[tower] = max(math.ceil(mean * (1 + MARGIN)), alone)
+    # The largest that there could be has room beside small ones: it must not wait for ever.
+    small = sorted((e.sizes[tower] for e in drawn), key=np.sum)[len(drawn) // 10]
+    largest = np.full(len(small), longest[tower])
+    count[tower] = max(
+      math.ceil(mean * (1 + MARGIN)), _rows(np.concatenate([largest, *[small] * (unit - 1)]), length[tower])
+    )
   while True:
     queue = Queue(lambda number: drawn[number % len(drawn)])
     with contextlib.suppress(UserError):  # so few rows that some unit cannot be filled
       while queue.next < 2 * len(drawn) and len(queue.waiting) <= 4 * unit:
-        queue.unit(unit, {tower: (count[tower], length[tower]) for tower in used})
+        queue.unit(unit, {tower: (count[tower], length[tower]) for tower in towers})
       if len(queue.waiting) <= unit // 8 + 1:
         return Layout(unit, count, length, True)
     count[queue.overflows.most_common(1)[0][0]] += 1

@@ -73,7 +73,10 @@ class Strings(Sequence[str]):
 
 
 class Writer:
-  """Writes a column row by row, into a temporary folder that is renamed when the column is whole."""
+  """Writes a column row by row, into a temporary folder that is renamed when the column is whole.
+
+  One writer for a column at a time: where several processes may come, they take turns (`tokens.store`).
+  """
 
   def __init__(self, directory: Path, dtype: Any):
     self.directory, self.dtype = directory, np.dtype(dtype)
@@ -94,12 +97,7 @@ class Writer:
     np.save(self.temporary / "offsets.npy", np.frombuffer(self.offsets, np.int64))
     (self.temporary / "about.json").write_text(json.dumps({"dtype": self.dtype.name, **about}))
     shutil.rmtree(self.directory, ignore_errors=True)
-    try:
-      os.replace(self.temporary, self.directory)
-    except OSError:  # another process was as fast
-      if matching(self.directory, **about) is None:
-        raise
-      shutil.rmtree(self.temporary)
+    os.replace(self.temporary, self.directory)
 
   def __enter__(self) -> Writer:
     return self
@@ -119,9 +117,9 @@ def matching(directory: Path, **about: Any) -> Ragged | None:
     dtype = np.dtype(found["dtype"])
     if size != offsets[-1] * dtype.itemsize or any(found.get(name) != value for name, value in about.items()):
       return None
+    values = np.memmap(directory / "values.bin", dtype=dtype, mode="r") if size else np.zeros(0, dtype)
   except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError):
     return None
-  values = np.memmap(directory / "values.bin", dtype=dtype, mode="r") if size else np.zeros(0, dtype)
   return Ragged(values, offsets)
 
 

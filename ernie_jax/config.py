@@ -318,7 +318,7 @@ class Mine:
 
   first: int = 1
   last: int = 30
-  use: Literal["mined", "given", "both"] = "mined"  # given: the data set's own; both: mined ones first
+  use: Literal["mined", "given", "both"] = "mined"  # given: the data set's own
 
   def __post_init__(self):
     check_choices(self, "mine.")

@@ -487,14 +487,17 @@ def mine(current: Run, params: Params, place: Path) -> dict[str, Any]:
 
 
 def mined(current: Run) -> list[np.ndarray]:
-  """Passage rows of each training query's hard negatives, best first: from the run file, or given (`mine.use`)."""
+  """Passage rows of each training query's hard negatives: from the run file, or given (`mine.use`)."""
   queries, use = current.data.queries["train"], current.config.mine.use
   given = list(queries.negatives)
   if use == "given":
     return given
-  run = evaluate.read_run(current.directory / "mine" / "negatives.trec")
+  path = current.directory / "mine" / "negatives.trec"
+  run = evaluate.read_run(path)
   ranked = (evaluate.ranked(run.get(query, {})) for query in queries.ids)
   found = [current.data.corpus.lookup(names) for names in ranked]
+  if any((rows < 0).any() for rows in found):
+    raise UserError(f"{path}: names passages that the corpus lacks; delete {path.parent}, and the run makes it again")
   if use == "mined":
     return found
   return [np.array([*dict.fromkeys([*own, *more])], int) for own, more in zip(found, given)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +99,7 @@ class Tokenizer:
     return cls.wrap(backend, "vocabulary built from the corpus")
 
   def __len__(self) -> int:
-    return self.backend.get_vocab_size()
+    return 1 + max(self.backend.get_vocab().values())  # a file with a line twice leaves a gap in the numbers
 
   def markers(self) -> tuple[int, int]:
     """Of queries and of passages (`data.markers`); `UserError` if the vocabulary has none."""
@@ -141,17 +143,28 @@ def store(dataset: Dataset, split: str, tokenizer: Tokenizer, settings: config.D
   directory = Path(settings.cache).expanduser() / "tokens" / fingerprint
   if (found := columns.matching(directory, fingerprint=fingerprint)) is not None:
     return found
+  try:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(directory.parent / "lock", "w")  # noqa: SIM115
+  except OSError as error:
+    raise UserError(f"data.cache={settings.cache!r}: cannot be written: {error.strerror}") from error
+  with lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if (found := columns.matching(directory, fingerprint=fingerprint)) is not None:  # another process was faster
+      return found
+    # Whoever holds the lock is alone: what lies here unfinished was left by a process that was killed.
+    for leftover in directory.parent.glob("*.writing-*"):
+      shutil.rmtree(leftover)
+    return write(directory, dataset, split, tokenizer, fingerprint, apart)
+
+
+def write(directory: Path, dataset: Dataset, split: str, tokenizer: Tokenizer, fingerprint: str, apart: bool) -> Ragged:
+  """Tokenises the texts of a split into a column, a block at a time, while the next block is read."""
+  titles = dataset.corpus.titles if apart else None
   if split == "corpus":
     texts: Sequence[str] = dataset.corpus.texts if apart else dataset.corpus.passages
   else:
     texts = dataset.queries[split].texts
-  return write(directory, texts, tokenizer, fingerprint, dataset.corpus.titles if apart else None)
-
-
-def write(
-  directory: Path, texts: Sequence[str], tokenizer: Tokenizer, fingerprint: str, titles: Sequence[str] | None = None
-) -> Ragged:
-  """Tokenises texts into a column in `directory`, a block at a time, while the next block is read."""
   sep = np.array([tokenizer.sep])
   block = lambda begin: [list(part[begin : begin + BLOCK]) for part in (texts, titles) if part is not None]
   try:

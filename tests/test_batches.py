@@ -237,3 +237,14 @@ def test_long_examples_wait_and_none_for_ever():
   assert max(abs(place - number) for place, number in enumerate(seen)) <= 12
   with pytest.raises(UserError, match="too few to be packed together"):
     queue.unit(4, {"passages": (1, 24)})
+
+
+def test_a_unit_has_room_for_the_largest_example_beside_small_ones(texts):
+  """One that the trial did not meet must not stop the run."""
+  for unit in (2, 8):
+    train = dataclasses.replace(TRAIN, chunk=unit)
+    shape = batches.layout(PACKED, train, 1, texts)
+    small = {"queries": np.full(1, 5), "passages": np.full(3, 8), "pairs": np.full(3, 10)}
+    largest = {"queries": np.full(1, 8), "passages": np.full(3, 10), "pairs": np.full(3, 17)}
+    chosen = [batches.Example(n, n, np.zeros(3, int), small if n else largest) for n in range(unit)]
+    assert batches.fit(chosen, {tower: (n, shape.length[tower]) for tower, n in shape.count.items()})[1] is None

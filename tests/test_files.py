@@ -104,16 +104,16 @@ def test_tsv(tmp_path):
   path = tmp_path / "f.tsv"
   path.write_text('a\tb\n1\t2\n"3\t4"\n5\n6\t7\t8\n9\t\n')
   bad = Bad(2)
-  found = [cells for _, cells in files.tsv(path, bad, [2], ("a", "b"))]
+  found = [cells for _, cells in files.tsv(path, bad, 2, ("a", "b"))]
   assert found == [["1", "2"], ['"3', '4"'], ["9", ""]]
   assert bad.skipped == {"wrong number of columns": 2}
-  assert ":4: 1 columns, not 2" in refusal(files.tsv, path, Bad(), [2])
+  assert ":4: 1 columns, not 2" in refusal(files.tsv, path, Bad(), 2)
   assert ":1: the first line must be the header a, c" in refusal(files.tsv, path, Bad(9), [2], ("a", "c"))
   path.write_text("a\tb\n1\t2\na\tb\n")
-  assert ":3: the header stands here again" in refusal(files.tsv, path, Bad(), [2], ("a", "b"))
+  assert ":3: the header stands here again" in refusal(files.tsv, path, Bad(), 2, ("a", "b"))
   path.write_text('1\t"a ""b"" c"\tx\n2\t"open\ty\n3\t"closed" more\tz\n4\t"tab\there"\tt\n5\tin"side\tu\n')
   bad = Bad(2)
-  found = [cells for _, cells in files.tsv(path, bad, [3], quoted=True)]
+  found = [cells for _, cells in files.tsv(path, bad, 3, quoted=True)]
   assert found == [["1", 'a "b" c', "x"], ["4", "tab\there", "t"], ["5", 'in"side', "u"]]
   assert bad.skipped == {"wrong quotes": 2}
 
@@ -139,7 +139,8 @@ def test_a_json_list_is_read_in_pieces_of_any_size(tmp_path, monkeypatch, indent
     path.write_text(f"{ends}{content}{ends}", newline="")
     found = list(files.json_array(path, Bad()))
     assert [value for _, value in found] == VALUES
-    numbers = [int(where.rsplit(":", 1)[1]) for where, _ in found]
+    numbers = [int(where.split(":")[-2]) for where, _ in found]
+    assert [where.split(":")[-1] for where, _ in found] == [f" item {n}" for n in range(1, 5)]
     assert numbers == sorted(numbers)
     assert numbers[0] == 1 + ends.count("\n") + (indent is not None)
   path.write_text(json.dumps({str(i): value for i, value in enumerate(VALUES)}, indent=indent, ensure_ascii=ascii))
@@ -211,6 +212,17 @@ def test_an_element_beyond_the_bound_is_refused(tmp_path, monkeypatch):
   path = tmp_path / "f.json"
   path.write_text(json.dumps([{"a": "x" * 5000}]))
   assert "more than 1000 characters" in refusal(files.json_array, path, Bad(100))
+
+
+def test_elements_on_one_line_are_counted_one_by_one(tmp_path):
+  path = tmp_path / "f.json"
+  path.write_text(json.dumps([1, {"a": 1}, 2, {"b": 1}, 3]))
+  bad = files.Bad(2)
+  found = files.json_array(path, bad)
+  assert [element for _, element in (next(found), next(found))] == [{"a": 1}, {"b": 1}]
+  assert bad.skipped == {"not an object": 2}
+  with pytest.raises(UserError, match=r"f.json:1: item 5: a JSON int"):
+    next(found)
 
 
 def test_json_documents(tmp_path):

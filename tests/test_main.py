@@ -181,6 +181,7 @@ def test_data_shows_what_is_in_a_data_set(tmp_path, capsys):
     "skip-bad": "1",
     "cache": str(cache),
     "query-length": "6",
+    "passage-length": "128",
     "--output": "runs/msmarco",
   }
 

@@ -117,7 +117,7 @@ def test_store_is_reused_when_equal_and_made_anew_when_not(tokenizer, tmp_path, 
 def test_a_store_cut_short_is_made_anew(tokenizer, tmp_path):
   data = config.Data(cache=str(tmp_path))
   tokens.store(dataset(TEXTS), "corpus", tokenizer, data)
-  (folder,) = (tmp_path / "tokens").iterdir()
+  (folder,) = (path for path in (tmp_path / "tokens").iterdir() if path.is_dir())
   for path in sorted(folder.iterdir()):
     path.write_bytes(path.read_bytes()[:7])
     store = tokens.store(dataset(TEXTS), "corpus", tokenizer, data)
@@ -133,3 +133,18 @@ def test_titles_are_kept_apart_by_a_sep_that_no_text_can_forge(tokenizer, tmp_pa
   assert tokenizer.sep not in np.concatenate([title, text])
   assert store[0].tolist() == [*title, tokenizer.sep, *text]
   assert store[1].tolist() == [tokenizer.sep, *other]
+
+
+def test_what_a_killed_process_left_is_taken_away(tokenizer, tmp_path):
+  left = tmp_path / "tokens" / "0123456789abcdef.writing-4711"
+  left.mkdir(parents=True)
+  tokens.store(dataset(TEXTS), "corpus", tokenizer, config.Data(cache=str(tmp_path)))
+  assert not left.exists()
+
+
+def test_a_vocabulary_with_a_line_twice_is_as_long_as_its_numbers_say(tmp_path):
+  (tmp_path / "vocab.txt").write_text("\n".join([*tokens.SPECIAL, "pad", "pad", "zeros"]) + "\n")
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+  loaded = tokens.Tokenizer.load(tmp_path)
+  assert loaded.encode(["zeros"])[0].tolist() == [7]
+  assert len(loaded) == 8

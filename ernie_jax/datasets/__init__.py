@@ -162,6 +162,11 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
       raise _damaged(directory / cls.name / name, error) from error
 
   @property
+  def scratch(self) -> Path:
+    """A folder for what a source needs only while it is prepared."""
+    return Path(self.data_dir) / "scratch"
+
+  @property
   def data(self) -> Data:
     return self.builder_config.data
 
@@ -203,6 +208,7 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
       if split == "corpus" and split not in info.splits:
         raise UserError(f"data.name={self.data.name!r}: no passages; name a folder that has some, or other packages")
     self.info.set_splits(info.splits)
+    shutil.rmtree(self.scratch, ignore_errors=True)
     self.index.close()
     about: dict[str, Any] = {
       "fingerprint": self.index.digest.hexdigest()[:16],
@@ -257,7 +263,12 @@ def prepare(builder: RetrievalBuilder, directory: Path) -> None:
     # Whoever holds the lock is alone: what lies here unfinished was left by a process that was killed.
     for leftover in place.parent.glob("incomplete.*"):
       shutil.rmtree(leftover)
-    builder.download_and_prepare()
+    try:
+      builder.download_and_prepare()
+    except UserError:
+      raise
+    except Exception as error:  # the array_record writer raises errors of its own where a disk is full
+      raise UserError(f"data.cache={str(directory.parent)!r}: cannot be written ({first_line(error)})") from error
 
 
 def read(builder: RetrievalBuilder) -> Dataset:

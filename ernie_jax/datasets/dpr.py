@@ -41,7 +41,7 @@ class Dpr(RetrievalBuilder):
 
 
 def passages(path: Path, bad: Bad) -> Iterator[Row]:
-  for where, (name, text, title) in files.tsv(path, bad, [3], HEADER, quoted=True):
+  for where, (name, text, title) in files.tsv(path, bad, 3, HEADER, quoted=True):
     yield Row(name, title, text, where=where)
 
 

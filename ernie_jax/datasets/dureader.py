@@ -40,7 +40,7 @@ class Dureader(RetrievalBuilder):
     pairs = found["train"].name.startswith("dual")
     dev = lambda: questions(found["dev"], bad, by_id)
     return {
-      "corpus": passages(parts, found.get("map"), Path(self.data_dir) / "names", bad),
+      "corpus": passages(parts, found.get("map"), self.scratch / "names", bad),
       "train": training(found["train"], bad) if pairs else questions(found["train"], bad, by_id),
       "dev": (row for row in dev() if share(row.text) < 0.5),
       "test": (row for row in dev() if share(row.text) >= 0.5),
@@ -51,7 +51,7 @@ def passages(parts: list[Path], names: Path | None, scratch: Path, bad: Bad) -> 
   ids, row = named(names, scratch) if names else (None, np.zeros(0, np.int64))
   before = 0  # lines of the parts before
   for path in parts:
-    for where, cells in files.tsv(path, bad, [4]):
+    for where, cells in files.tsv(path, bad, 4):
       number = before + int(where.rsplit(":", 1)[1]) - 1
       if ids is None:
         yield Row(str(number), "", cells[2], where=where)
@@ -90,7 +90,7 @@ def named(path: Path, scratch: Path) -> tuple[columns.Strings, np.ndarray]:
 def training(path: Path, bad: Bad) -> Iterator[Row]:
   """The queries of the pairs, each with all its passages; a query's lines need not stand together."""
   found: dict[str, tuple[str, dict[str, None], dict[str, None]]] = {}
-  for where, cells in files.tsv(path, bad, [6]):
+  for where, cells in files.tsv(path, bad, 6):
     query, positive, negative = cells[0], cells[2], cells[4]
     if not query.strip() or not positive.strip():
       bad("empty text", where, "the query or its positive is empty")

@@ -11,6 +11,7 @@ import collections
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import re
 import zlib
@@ -178,15 +179,14 @@ def lines(path: Path, bad: Bad) -> Iterator[tuple[str, str]]:
 
 
 def tsv(
-  path: Path, bad: Bad, columns: Sequence[int], header: Sequence[str] = (), quoted: bool = False
+  path: Path, bad: Bad, columns: int, header: Sequence[str] = (), quoted: bool = False
 ) -> Iterator[tuple[str, list[str]]]:
-  """(where, cells) of lines of tab-separated columns, as many as one of `columns` says.
+  """(where, cells) of lines of so many tab-separated columns.
 
   A `header` is the first line, and left out: without it, the order of columns would be a guess. `quoted`: cells may
   stand in double quotes, doubled inside, as `csv` has them; a cell ends on its line.
   """
   csv.field_size_limit(LONGEST)
-  wanted = " or ".join(map(str, columns))
   for number, (where, line) in enumerate(lines(path, bad)):
     cells = line.split("\t")
     if quoted and '"' in line:
@@ -201,8 +201,8 @@ def tsv(
       if number:
         bad("header inside the file", where, "the header stands here again; take this line out")
       continue
-    if len(cells) not in columns:
-      bad("wrong number of columns", where, f"{len(cells)} columns, not {wanted}; separate them by tabs")
+    if len(cells) != columns:
+      bad("wrong number of columns", where, f"{len(cells)} columns, not {columns}; separate them by tabs")
       continue
     yield where, cells
 
@@ -293,10 +293,12 @@ def _items(path: Path, brackets: str) -> Iterator[tuple[str, list[Any], str]]:
     raise _broken(text, f"not a {what}, which is needed here")
   text.move(text.at + 1)
   going = text.peek() != brackets[1]
-  while going:
+  for number in itertools.count(1):
+    if not going:
+      break
     if not text.peek():
       raise _broken(text, f"the file ends inside the {what}")
-    where = f"{path}:{text.line}"
+    where = f"{path}:{text.line}: item {number}"  # all may stand on one line
     value, raw = _value(text)
     values = [value]
     if brackets == "{}":

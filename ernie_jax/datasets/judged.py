@@ -35,7 +35,7 @@ Qrels = dict[str, Judged]
 def read(path: Path, bad: Bad, columns: int, header: tuple[str, ...] = ()) -> Qrels:
   """The positives in a file of judgements: query first, score last, passage before it; scores above 0 count."""
   found: Qrels = {}
-  for where, cells in files.tsv(path, bad, [columns], header):
+  for where, cells in files.tsv(path, bad, columns, header):
     query, passage, score = cells[0], cells[-2], cells[-1]
     try:
       positive = int(score) > 0

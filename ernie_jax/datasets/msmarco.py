@@ -48,7 +48,7 @@ class Msmarco(RetrievalBuilder):
 
     carved = {query: train[query] for query in dev}
     return {
-      "corpus": passages(found["collection"], found.get("titles"), Path(self.data_dir) / "titles", bad),
+      "corpus": passages(found["collection"], found.get("titles"), self.scratch, bad),
       "train": training(),
       "dev": judged.rows(read(found["queries.train"], bad), carved, found["qrels.train"], bad),
       "test": judged.rows(read(found["queries.dev"], bad), test, found["qrels.dev"], bad),
@@ -56,23 +56,23 @@ class Msmarco(RetrievalBuilder):
 
 
 def read(path: Path, bad: Bad) -> Iterator[judged.Query]:
-  return (judged.Query(where, *cells) for where, cells in files.tsv(path, bad, [2]))
+  return (judged.Query(where, *cells) for where, cells in files.tsv(path, bad, 2))
 
 
 def passages(path: Path, titles: Path | None, scratch: Path, bad: Bad) -> Iterator[Row]:
   """The passages, with the titles that another file has, in any order: they wait below `scratch`."""
-  lines = files.tsv(path, bad, [2])
+  lines = files.tsv(path, bad, 2)
   if titles is None:
     yield from (Row(name, "", text, where=where) for where, (name, text) in lines)
     return
-  with columns.Writer(scratch / "ids", np.uint8) as ids, columns.Writer(scratch / "texts", np.uint8) as texts:
-    for _, (name, title) in files.tsv(titles, bad, [2]):
+  with columns.Writer(scratch / "title-ids", np.uint8) as ids, columns.Writer(scratch / "titles", np.uint8) as texts:
+    for _, (name, title) in files.tsv(titles, bad, 2):
       if title.strip() not in ("", "-"):
         ids.append(name.encode())
         texts.append(title.encode())
     ids.close()
     texts.close()
-  names, known = (columns.Strings(columns.matching(scratch / what)) for what in ("ids", "texts"))  # type: ignore[arg-type]
+  names, known = (columns.Strings(columns.matching(scratch / what)) for what in ("title-ids", "titles"))  # type: ignore[arg-type]
   lookup = columns.Lookup.of(names)
   for block in blocks(lines, BLOCK):
     found = lookup([name for _, (name, _) in block])

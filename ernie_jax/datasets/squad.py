@@ -1,5 +1,5 @@
 """Questions on paragraphs in SQuAD's JSON, in any language: SQuAD 1.1 and 2.0 (rajpurkar.github.io/SQuAD-explorer),
-CMRC 2018 (github.com/ymcui/cmrc2018), DRCD, KorQuAD, MLQA, XQuAD, ...
+CMRC 2018 (github.com/ymcui/cmrc2018), DRCD, KorQuAD, MLQA or XQuAD (one language in a folder), ...
 
   *.json    {"data": [{"title": ..., "paragraphs": [{"context": ..., "qas": [{"id": ..., "question": ...}]}]}]}
 
