@@ -118,7 +118,7 @@ def test_mined_negatives_are_no_positives(whole):
   [("mined", [[4, 0], []]), ("given", [[1, 0, 3], [2]]), ("both", [[4, 0, 1, 3], [2]])],
 )
 def test_negatives_come_from_where_the_configuration_says(tmp_path, use, expected):
-  corpus = recipe.datasets.Corpus.of([f"p{i}" for i in range(5)], [""] * 5, list("abcde"))
+  corpus = types.SimpleNamespace(lookup=columns.Lookup.of([f"p{i}" for i in range(5)]))
   given = columns.ragged([np.array([1, 0, 3], np.int32), np.array([2], np.int32)])
   queries = recipe.datasets.Queries(["q0", "q1"], ["x", "y"], columns.ragged([np.array([2], np.int32)] * 2), given)
   (tmp_path / "mine").mkdir()
@@ -127,6 +127,10 @@ def test_negatives_come_from_where_the_configuration_says(tmp_path, use, expecte
   settings = recipe.config.Config(mine=recipe.config.Mine(use=use))
   current = types.SimpleNamespace(directory=tmp_path, config=settings, data=data)
   assert [found.tolist() for found in recipe.mined(current)] == expected
+  if use != "given":
+    evaluate.write_run({"q0": {"p9": 0.1}}, tmp_path / "mine" / "negatives.trec", "mined")
+    with pytest.raises(recipe.UserError, match="names passages that the corpus lacks"):
+      recipe.mined(current)
 
 
 def test_search_finds_a_passage_by_its_own_words(whole, capsys):

@@ -12,7 +12,6 @@ import abc
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import importlib
 import io
 import json
@@ -75,8 +74,8 @@ def _text(row: dict[str, Any]) -> str:
   return row["text"].decode()
 
 
-def passage(title: str, text: str) -> str:
-  """A passage as an encoder reads it: "title: text", or the text alone if it has no title."""
+def _passage(row: dict[str, Any]) -> str:
+  title, text = _title(row), _text(row)
   return f"{title}: {text}" if title else text
 
 
@@ -87,22 +86,9 @@ class Corpus:
   ids: Sequence[str]
   titles: Sequence[str]
   texts: Sequence[str]
+  passages: Sequence[str]  # as an encoder reads them: "title: text", or the text alone if it has no title
   identity: np.ndarray  # int32 [N]: the row of the first passage with the same title and text
   lookup: columns.Lookup  # ids -> rows
-
-  @functools.cached_property
-  def passages(self) -> Sequence[str]:
-    """Each passage as an encoder reads it."""
-    if isinstance(self.texts, Texts):
-      return Texts(self.texts.source, lambda row: passage(_title(row), _text(row)), self.texts.place)
-    return [passage(title, text) for title, text in zip(self.titles, self.texts)]
-
-  @classmethod
-  def of(cls, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str]) -> Corpus:
-    """A few passages, in memory."""
-    first: dict[tuple[str, str], int] = {}
-    identity = [first.setdefault(each, row) for row, each in enumerate(zip(titles, texts))]
-    return cls(ids, titles, texts, np.array(identity, np.int32), columns.Lookup.of(ids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +268,8 @@ def read(builder: RetrievalBuilder) -> Dataset:
   texts = lambda split, make: Texts(builder.as_data_source(split=split), make, place)
   ids, lookup = passages(index / "corpus")
   identity = np.load(index / "corpus" / "identity.npy", mmap_mode="r")
-  corpus = Corpus(ids, texts("corpus", _title), texts("corpus", _text), identity, lookup)
+  titles, bodies, whole = (texts("corpus", make) for make in (_title, _text, _passage))
+  corpus = Corpus(ids, titles, bodies, whole, identity, lookup)
   queries = {}
   for split in SPLITS:
     if about["rows"].get(split):
