@@ -6,7 +6,9 @@ the type of the values and whatever its writer says of them.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +19,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ernie_jax.config import UserError
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+  """One process at a time in a folder of the cache, which is made if need be; others wait.
+
+  Whoever is alone may take away what lies there unfinished: a process that was killed left it.
+  """
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = open(directory / "lock", "w")  # noqa: SIM115
+  except OSError as error:
+    raise UserError(f"data.cache={str(directory.parent)!r}: cannot be written: {error.strerror}") from error
+  with lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -143,16 +142,9 @@ def store(dataset: Dataset, split: str, tokenizer: Tokenizer, settings: config.D
   directory = Path(settings.cache).expanduser() / "tokens" / fingerprint
   if (found := columns.matching(directory, fingerprint=fingerprint)) is not None:
     return found
-  try:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    lock = open(directory.parent / "lock", "w")  # noqa: SIM115
-  except OSError as error:
-    raise UserError(f"data.cache={settings.cache!r}: cannot be written: {error.strerror}") from error
-  with lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+  with columns.alone(directory.parent):
     if (found := columns.matching(directory, fingerprint=fingerprint)) is not None:  # another process was faster
       return found
-    # Whoever holds the lock is alone: what lies here unfinished was left by a process that was killed.
     for leftover in directory.parent.glob("*.writing-*"):
       shutil.rmtree(leftover)
     return write(directory, dataset, split, tokenizer, fingerprint, apart)

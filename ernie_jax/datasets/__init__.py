@@ -11,7 +11,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import fcntl
 import importlib
 import io
 import json
@@ -237,16 +236,9 @@ def prepare(builder: RetrievalBuilder, directory: Path) -> None:
   place = Path(builder.data_dir)
   if place.is_dir():
     return
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / "lock", "w")  # noqa: SIM115
-  except OSError as error:
-    raise UserError(f"data.cache={str(directory.parent)!r}: cannot be written: {error.strerror}") from error
-  with lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+  with columns.alone(directory):
     if place.is_dir():  # another process was faster
       return
-    # Whoever holds the lock is alone: what lies here unfinished was left by a process that was killed.
     for leftover in place.parent.glob("incomplete.*"):
       shutil.rmtree(leftover)
     try:
