@@ -42,6 +42,31 @@ def measure(texts: batches.Texts, data: config.Data, train: config.Train, turns:
   return [str(data.pack or "-"), unit, *shares, f"{rate:,.0f}", f"{cpu:,.0f}", f"{need:,.0f}", str(waiting)]
 
 
+def bound(sizes: np.ndarray, length: int) -> int:
+  """Rows that any packing of whole texts needs at least: L2 of Martello and Toth (1990)."""
+  best = 0
+  for small in range(length // 2 + 1):
+    alone = sizes[sizes > length - small]  # nothing of at least `small` tokens fits beside these
+    large = sizes[(sizes > length // 2) & (sizes <= length - small)]  # no two of these share a row
+    rest = sizes[(sizes >= small) & (sizes <= length // 2)].sum() - (len(large) * length - large.sum())
+    best = max(best, len(alone) + len(large) + max(0, -(-int(rest) // length)))
+  return best
+
+
+def limits(texts: batches.Texts, data: config.Data, packs: list[int]) -> None:
+  """The largest share of real tokens that 8,192 texts packed as one allow, and what first-fit reaches."""
+  rng, size = np.random.default_rng(0), batches.sizes(texts, data)
+  drawn = [size(i, batches.choose(texts, i, 7, rng)) for i in rng.integers(len(texts.queries), size=1024).tolist()]
+  for pack, (tower, longest) in itertools.product(
+    packs, (("passages", data.passage_length), ("pairs", data.pair_length))
+  ):
+    length, sizes = max(pack, longest), np.concatenate([own[tower] for own in drawn])
+    places = batches.first_fit(sizes, length, len(sizes))
+    rows = places.max() // length + 1
+    shares = [sizes.sum() / length / n for n in (bound(sizes, length), rows)]
+    print(f"{tower} in rows of {length}: at most {shares[0]:.1%}, first-fit {shares[1]:.1%}", flush=True)
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--name", default="docstrings")
@@ -76,6 +101,7 @@ def main() -> None:
     own = dataclasses.replace(data, pack=pack)
     train = config.Train(batch=chosen.batch, negatives=7, chunk=chunk)
     print(" | ".join(measure(texts, own, train, chosen.turns)), flush=True)
+  limits(texts, data, chosen.packs)
 
 
 if __name__ == "__main__":

@@ -433,8 +433,7 @@ def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:
   others = order[~np.isin(order, needed)][: e.dev_passages]
   chosen = np.sort(np.concatenate([needed, others]))
   queries, passages = current.queries["dev"].take(some), current.passages.take(chosen)
-  every = current.data.qrels("dev")
-  qrels = {name: every[name] for name in dev.ids[: len(some)]}
+  qrels = first_judged(current, len(some))
 
   def measure(params: Params) -> dict[str, float]:
     q = current.encode(params, queries, "dev queries", late=True)
@@ -447,6 +446,12 @@ def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:
     return dual | {f"late.{name}": x for name, x in late.items()}
 
   return measure
+
+
+def first_judged(current: Run, count: int) -> dict[str, dict[str, int]]:
+  """The judgements of the first so many dev queries."""
+  every = current.data.qrels("dev")
+  return {name: every[name] for name in current.data.queries["dev"].ids[:count]}
 
 
 def encode_corpus(current: Run, params: Params, place: Path) -> tuple[retrieval.Encoded, dict[str, float]]:
@@ -512,8 +517,7 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   queries = current.encode(student_params, store, "dev queries", late=False)
   values, found = retrieval.top_k(queries.vectors[some], vectors, e.teacher_depth)
   teacher = retrieval.rerank_cross(teacher_params, store, current.passages, found, current.template)
-  every = current.data.qrels("dev")
-  qrels = {name: every[name] for name in current.data.queries["dev"].ids[: len(some)]}
+  qrels = first_judged(current, len(some))
   scores = {
     "student": evaluate.metrics(current.as_run("dev", values, found), qrels),
     "teacher": evaluate.metrics(current.as_run("dev", *retrieval.reorder(found, teacher)), qrels),
