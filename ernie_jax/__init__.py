@@ -3,6 +3,7 @@
 The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the order in which data flows:
 
   settings, defaults, checks            config.py
+  Ctrl-C and SIGTERM                    signals.py
   devices and hosts                     mesh.py
   ERNIE/BERT encoder                    encoder.py
   the three scorers                     scores.py
@@ -23,6 +24,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   curves and tables as one page         report.py
   the training strategy, stage by stage recipe.py
   a pod run, planned by the compiler    plan.py
+  verbs and their flags                 verbs.py
   the command line                      __main__.py
 
 Each file imports only files above it. Shape letters, the same everywhere:

@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "ernie_jax"
 ORDER = [
   "config",
+  "signals",
   "mesh",
   "encoder",
   "scores",
@@ -28,6 +29,7 @@ ORDER = [
   "report",
   "recipe",
   "plan",
+  "verbs",
   "__main__",
 ]
 

@@ -228,7 +228,7 @@ def test_an_interruption_is_never_lost(where, number, monkeypatch, capsys):
     where(interrupt)
 
   before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], sys.unraisablehook
-  monkeypatch.setattr(command, "search", verb)
+  monkeypatch.setitem(command.VERBS, "search", verb)
   assert main(["search"]) == 128 + (number or signal.SIGINT)
   assert capsys.readouterr().err == INTERRUPTED
   assert before == ([signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)], sys.unraisablehook)
@@ -241,7 +241,7 @@ def test_other_errors_that_python_drops_are_shown_as_before(monkeypatch):
 
   seen = []
   monkeypatch.setattr(sys, "unraisablehook", lambda what: seen.append(what.exc_type))
-  monkeypatch.setattr(command, "search", lambda _: Thing())
+  monkeypatch.setitem(command.VERBS, "search", lambda _: Thing())
   assert main(["search"]) == 0
   assert seen == [ValueError]
 
@@ -251,8 +251,8 @@ def test_a_verb_that_swallows_an_interruption_is_ended(second):
   """At once by a second one, else after a while."""
   code = f"""
     import signal, sys, time
-    from ernie_jax import __main__ as command
-    command.GRACE = {60 if second else 0.2}
+    from ernie_jax import __main__ as command, signals
+    signals.GRACE = {60 if second else 0.2}
     def verb(_):
       try:
         signal.raise_signal(signal.SIGINT)
@@ -261,7 +261,7 @@ def test_a_verb_that_swallows_an_interruption_is_ended(second):
       if {second}:
         signal.raise_signal(signal.SIGINT)
       time.sleep(20)
-    command.search = verb
+    command.VERBS["search"] = verb
     sys.exit(command.main(["search"]))
   """
   done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
