@@ -19,8 +19,9 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   released weights                      pretrained.py
   state and data position on disk       checkpoints.py
   the training loop                     train.py
+  words, the BM25 index                 bm25.py
   encoding, ranking, mining             retrieval.py
-  metrics, BM25                         evaluate.py
+  metrics                               evaluate.py
   curves and tables as one page         report.py
   the training strategy, stage by stage recipe.py
   a pod run, planned by the compiler    plan.py

@@ -1,15 +1,13 @@
-"""Runs and qrels in TREC format, MRR@10, R@k and nDCG@10 through `ir_measures`, and the BM25 baseline.
+"""Runs and qrels in TREC format, MRR@10, R@k and nDCG@10 through `ir_measures`.
 
 One order everywhere: by score, descending; equal scores by passage id, descending, as trec_eval breaks ties.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -193,62 +191,3 @@ def table(results: dict[str, dict[str, float]]) -> str:
     "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
     for line in cells
   )
-
-
-# The baseline
-
-_WORD = re.compile(r"\w+")
-# Underscores, and the places where case changes: solverName -> solver Name, HTTPServer -> HTTP Server.
-_JOINT = re.compile(r"_+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+)")  # kana and Han characters
-
-
-def words(text: str) -> list[str]:
-  """Lower-case words; `numpy.linalg.lstsqSolver_x` gives numpy linalg lstsq solver x, and lstsqsolver_x.
-
-  Chinese and Japanese write no spaces: there, every two neighbouring characters are a word, as in Lucene's CJKAnalyzer.
-  MRR@10 of 1,258 docstring summaries over 2,594 bodies: identifiers as they stand 0.530, split 0.601,
-  split and whole 0.612; split, without one-letter words 0.593.
-  """
-  result = []
-  for word in _WORD.findall(_UNSPACED.sub(r" \1 ", text)):
-    if _UNSPACED.fullmatch(word):
-      result += [first + second for first, second in itertools.pairwise(word)] or [word]
-      continue
-    parts = [part for part in _JOINT.split(word) if part]
-    result += parts if len(parts) <= 1 else [*parts, word]
-  return [word.lower() for word in result]
-
-
-def bm25(passages: Sequence[str], ids: Sequence[str], queries: dict[str, str], depth: int) -> Run:
-  """The `depth` best passages of each query by BM25 (Lucene's form, k1 = 1.5, b = 0.75), English stems.
-
-  Passages that share no word with the query are left out: a list can be shorter than `depth`, or empty.
-  Importing `bm25s` starts JAX's devices: in a multi-host program call `jax.distributed.initialize` first.
-  """
-  if len(passages) != len(ids) or len(set(ids)) != len(ids):
-    raise ValueError(f"{len(passages)} passages need as many different ids, got {len(set(ids))}")
-  if depth < 1:
-    raise ValueError(f"depth={depth}: must be at least 1")
-  import bm25s
-  import Stemmer
-  from bm25s.stopwords import STOPWORDS_EN
-
-  logging.getLogger("bm25s").setLevel(logging.WARNING)
-  stemmer, stop = Stemmer.Stemmer("english"), frozenset(STOPWORDS_EN)
-  stems = lambda text: stemmer.stemWords([word for word in words(text) if word not in stop])
-  corpus = [stems(passage) for passage in passages]
-  if not any(corpus) or not queries:
-    return {qid: {} for qid in queries}
-  index = bm25s.BM25(k1=1.5, b=0.75, method="lucene", backend="numpy")
-  index.index(corpus, show_progress=False)
-  rows, scores = index.retrieve(
-    [stems(query) for query in queries.values()],
-    k=min(depth, len(ids)),
-    show_progress=False,
-    backend_selection="numpy",  # the default takes jax.lax.top_k, and with it the accelerator
-  )
-  return {
-    qid: {ids[i]: float(score) for i, score in zip(row, line) if score > 0}
-    for qid, row, line in zip(queries, rows, scores)
-  }

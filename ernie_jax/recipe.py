@@ -38,6 +38,7 @@ from ernie_jax import (
   templates,
   tokens,
 )
+from ernie_jax.bm25 import BM25
 from ernie_jax.columns import Ragged
 from ernie_jax.config import Config, Interrupted, UserError
 from ernie_jax.progress import clock, say
@@ -80,10 +81,10 @@ class Run:
     return retrieval.encode(student, model, store, self.template, query=query, late=late, label=f"encode {what}")
 
   def as_run(self, split: str, values: Iterable[np.ndarray], found: Iterable[np.ndarray]) -> evaluate.Run:
-    """Scores and passage rows [Q, k] with their ids."""
+    """Scores and passage rows [Q, k] with their ids; row -1 is no passage."""
     ids = self.data.corpus.ids
     return {
-      query: {ids[row]: float(score) for row, score in zip(rows, scores)}
+      query: {ids[row]: float(score) for row, score in zip(rows, scores) if row >= 0}
       for query, rows, scores in zip(self.data.queries[split].ids, found, values)
     }
 
@@ -371,14 +372,12 @@ def architecture(
 def baselines(current: Run) -> dict[str, Any]:
   """BM25 and the model before training, on the test split."""
   test = current.data.queries["test"]
-  ids = current.data.corpus.ids
-  bm25 = evaluate.bm25(current.data.corpus.passages, ids, dict(zip(test.ids, test.texts)), DEPTH)
-  current.write_run(bm25, folder(current.directory / "runs") / "test.bm25.trec", "bm25")
+  by_words = BM25.build(current.data.corpus.passages).search(test.texts, DEPTH)
   passages = current.encode(current.params, current.passages, "passages", late=False)
   queries = current.encode(current.params, current.queries["test"], "test queries", late=False)
   found = retrieval.top_k(queries.vectors, passages.vectors, DEPTH)
   return {
-    "bm25": evaluate.metrics(bm25, current.data.qrels("test")),
+    "bm25": current.measure("bm25", "test", *by_words),
     "zero_shot": current.measure("zero_shot", "test", *found),
   }
 

@@ -1,4 +1,4 @@
-"""Measures against closed forms and ir_measures, files against damage, BM25 against what it must find."""
+"""Measures against closed forms and ir_measures, files against damage."""
 
 import contextlib
 import math
@@ -266,65 +266,3 @@ def test_table():
     "dual    0.500  0.667      -",
     "other       -      -  1.000",
   ]
-
-
-# BM25
-
-
-def test_words():
-  split = lambda text: set(evaluate.words(text))
-  assert split("numpy.linalg.lstsqSolver_x") == {
-    "numpy", "linalg", "lstsq", "solver", "x", "lstsqsolver_x"
-  }  # fmt: skip
-  assert split("parse HTTPServer") == {"parse", "http", "server", "httpserver"}
-  assert evaluate.words("__init__ float32, Plain") == ["init", "float32", "plain"]
-  assert evaluate.words("... __") == []
-  assert evaluate.words("战国无双3的 numpy，我") == ["战国", "国无", "无双", "3", "的", "numpy", "我"]
-
-
-PASSAGES = [
-  "numpy.linalg.lstsqSolver_x: least squares by singular values of the matrix",
-  "json.dumps: a string made of the object, with indented lines",
-  "os.path.joinAll: one path from several parts of a path",
-  "",
-  "the of and",
-]
-IDS = list("abcde")
-
-
-def test_bm25_finds_the_exact_passage():
-  run = evaluate.bm25(PASSAGES, IDS, dict(zip("abc", PASSAGES)), depth=5)
-  assert [evaluate.ranked(run[qid])[0] for qid in "abc"] == list("abc")
-
-
-@pytest.mark.parametrize(
-  ("query", "best"),
-  [("solver", "a"), ("lstsqsolver_x", "a"), ("SOLVERS", "a"), ("indenting an objects", "b"), ("join", "c")],
-)
-def test_bm25_splits_identifiers_and_stems(query, best):
-  assert list(evaluate.bm25(PASSAGES, IDS, {"q": query}, depth=3)["q"]) == [best]
-
-
-def test_bm25_edges(capfd):
-  queries = {"nothing": "the", "unknown": "zebra", "empty": "", "known": "path"}
-  run = evaluate.bm25(PASSAGES, IDS, queries, depth=100)
-  assert {qid: list(scores) for qid, scores in run.items()} == {
-    "nothing": [], "unknown": [], "empty": [], "known": ["c"]
-  }  # fmt: skip
-  assert evaluate.bm25(PASSAGES, IDS, {}, depth=3) == {}
-  assert evaluate.bm25([], [], {"q": "path"}, depth=3) == {"q": {}}
-  assert evaluate.bm25(["the", ""], ["a", "b"], {"q": "path"}, depth=3) == {"q": {}}
-  assert len(evaluate.bm25(["path"] * 5, IDS, {"q": "path"}, depth=2)["q"]) == 2
-  assert capfd.readouterr() == ("", "")  # no progress bars
-  with pytest.raises(ValueError, match="different ids"):
-    evaluate.bm25(["x", "y"], ["a", "a"], {}, depth=3)
-  with pytest.raises(ValueError, match="depth=0"):
-    evaluate.bm25(["x"], ["a"], {}, depth=0)
-
-
-def test_bm25_score_is_the_formula():
-  """Lucene's form: idf * tf / (tf + k1 (1 - b + b length / mean length))."""
-  passages = ["red red blue", "blue", "green green green green"]
-  run = evaluate.bm25(passages, list("abc"), {"q": "red"}, depth=3)
-  idf = math.log(1 + (3 - 1 + 0.5) / (1 + 0.5))
-  assert run["q"] == pytest.approx({"a": idf * 2 / (2 + 1.5 * (0.25 + 0.75 * 3 / (8 / 3)))})

@@ -24,6 +24,7 @@ ORDER = [
   "pretrained",
   "checkpoints",
   "train",
+  "bm25",
   "retrieval",
   "evaluate",
   "report",
