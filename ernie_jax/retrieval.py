@@ -125,6 +125,30 @@ def top_k(queries: np.ndarray, passages: np.ndarray, k: int, block: int = 256) -
   return np.concatenate(values), np.concatenate(found)
 
 
+def fuse(rankings: Sequence[tuple[np.ndarray, np.ndarray]], k: int, c: float = 60) -> tuple[np.ndarray, np.ndarray]:
+  """Reciprocal rank fusion (Cormack, Clarke, Buettcher 2009) of rankings (scores, passage rows), each [Q, any].
+
+  A passage's score is the sum of 1 / (c + rank) over the rankings that hold it, ranks from 1. A ranking's own scores
+  do not count, nor do rows of -1; it holds a passage once. Gives scores float64 and rows [Q, k], best first, equal
+  scores in the order of the passages; where fewer are found, score -inf and row -1 at the end, as `BM25.search` does.
+  """
+  rows = np.concatenate([found for _, found in rankings], axis=1)
+  ranks = np.concatenate([np.arange(found.shape[1]) for _, found in rankings]) + 1
+  # A passage's places side by side, by rank: sums of the same ranks are equal, whichever rankings they are from.
+  order = np.lexsort((np.broadcast_to(ranks, rows.shape), rows))
+  rows, parts = np.take_along_axis(rows, order, axis=1), 1 / (c + ranks[order])
+  sums = parts.copy()
+  for step in range(1, len(rankings)):
+    sums[:, :-step] += np.where(rows[:, step:] == rows[:, :-step], parts[:, step:], 0)
+  nothing = rows < 0
+  nothing[:, 1:] |= rows[:, 1:] == rows[:, :-1]  # the sum stands at a passage's first place
+  missing = ((0, 0), (0, max(0, k - rows.shape[1])))
+  sums = np.pad(np.where(nothing, -np.inf, sums), missing, constant_values=-np.inf)
+  rows = np.pad(np.where(nothing, -1, rows), missing, constant_values=-1)
+  order = np.argsort(-sums, axis=1, kind="stable")[:, :k]
+  return np.take_along_axis(sums, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
 @jax.jit
 def _maxsim(query: jax.Array, query_mask: jax.Array, passages: jax.Array, mask: jax.Array) -> jax.Array:
   similarity = jnp.einsum("qd,kpd->kqp", query, passages, preferred_element_type=jnp.float32)
