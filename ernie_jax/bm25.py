@@ -118,7 +118,7 @@ class BM25:
         if (directory / name).stat().st_size != size:
           raise ValueError(f"{name} is cut")
       return cls(bm25s.BM25.load(directory, mmap=True))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
       raise UserError(f"{directory}: no whole index of words ({first_line(error)}); build it again") from error
 
   def search(self, queries: Sequence[str], k: int) -> tuple[np.ndarray, np.ndarray]:
