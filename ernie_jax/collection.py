@@ -1,9 +1,9 @@
 """An encoded corpus in a folder: vectors and token vectors in shards, with ids, titles and texts beside them.
 
-  collection.json             of which model and corpus, how many passages, how they are stored
-  passages/{ids,titles,texts} columns; `order.npy`: the place of each id in trec_eval's order
-  vectors/00000.npy ...       [passages of the shard, H]
-  tokens/00000.npy ...        [their token vectors, D]; with 8 bits also scales/; `offsets.npy`: where each passage begins
+collection.json             of which model and corpus, how many passages, how they are stored
+passages/{ids,titles,texts} columns; `order.npy`: the place of each id in trec_eval's order
+vectors/00000.npy ...       [passages of the shard, H]
+tokens/00000.npy ...        [their token vectors, D]; with 8 bits also scales/; `offsets.npy`: where each passage begins
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,19 +25,20 @@ from ernie_jax import columns, config, mesh, retrieval, tokens, topk
 from ernie_jax.checkpoints import named
 from ernie_jax.columns import Ragged, Strings
 from ernie_jax.config import Interrupted, UserError
-from ernie_jax.progress import Progress, say
+from ernie_jax.progress import Progress
 from ernie_jax.scores import Student, late_width
-from ernie_jax.templates import Template, ranges
+from ernie_jax.templates import Template
 
 SHARD = 16_384  # passages
 SMALL = 4 * 2**30  # bytes of token vectors that a run keeps; of larger corpora it encodes what it re-ranks
+FIELDS = ("model", "corpus", "count", "width", "dtype", "late", "late_width", "shard", "passages")
 Late = Literal["no", "16", "8"]  # token vectors: none, float16, or 8 bits a number with a scale for each vector
 
 
 class Shards:
   """Rows spread over files, read when they are asked for: `shape`, and slices and arrays of rows as of an array."""
 
-  def __init__(self, files: Sequence[Path], begins: Sequence[int]):
+  def __init__(self, files: Sequence[Path], begins: Sequence[int] | np.ndarray):
     """File i holds rows begins[i] to begins[i + 1]."""
     self.arrays = [read(file) for file in files]
     self.begins = np.asarray(begins)
@@ -136,7 +136,8 @@ def open_passages(directory: Path, fingerprint: str) -> Passages:
   order = read(directory / "passages" / "order.npy")
   if len(order) != len(found[0]):
     raise UserError(f"{directory / 'passages' / 'order.npy'}: of another corpus; delete it, and encode again")
-  return Passages(*found, order, fingerprint)
+  ids, titles, texts = found
+  return Passages(ids, titles, texts, order, fingerprint)
 
 
 def fingerprint(student: Student, model: config.Model, template: Template) -> str:
@@ -147,7 +148,7 @@ def fingerprint(student: Student, model: config.Model, template: Template) -> st
   digest = hashlib.sha256(said.encode())
   for name, x in sorted(named(student).items()):
     digest.update(f"{name} {x.shape} {x.dtype}".encode())
-    digest.update(np.ascontiguousarray(x))
+    digest.update(np.asarray(x).tobytes())
   return digest.hexdigest()[:16]
 
 
@@ -166,8 +167,8 @@ def write(
 ) -> None:
   """Encodes a token store into a folder, shard by shard; shards that are there from an earlier, killed call stay.
 
-  `passages` is the folder with the texts, as a path from `directory`; `corpus` their fingerprint. Several hosts share the
-  folder: each encodes every so-many-th shard on its own devices. Raises `UserError` if the folder holds another
+  `passages` is the folder with the texts, as a path from `directory`; `corpus` their fingerprint. Several hosts share
+  the folder: each encodes every so-many-th shard on its own devices. Raises `UserError` if the folder holds another
   corpus or other settings.
   """
   sizes = template.passage_sizes(store.lengths)
@@ -211,14 +212,16 @@ def write(
       if turn + jax.process_index() < len(missing):
         i = missing[turn + jax.process_index()]
         part = store.part(begins[i], begins[i + 1])
-        found = retrieval.encode(student, model, part, template, query=False, late=late != "no", progress=bar, devices=here)
+        made = retrieval.encode(
+          student, model, part, template, query=False, late=late != "no", progress=bar, devices=here
+        )
         if late == "8":
-          scaled, scales = eight_bits(found.tokens)
+          scaled, scales = eight_bits(made.tokens)
           save(shard(directory, "scales", i), scales)
           save(shard(directory, "tokens", i), scaled)
         elif late == "16":
-          save(shard(directory, "tokens", i), found.tokens)
-        save(shard(directory, "vectors", i), found.vectors.astype(dtype))  # last: it says that the shard is whole
+          save(shard(directory, "tokens", i), made.tokens)
+        save(shard(directory, "vectors", i), made.vectors.astype(dtype))  # last: it says that the shard is whole
       if mesh.asked_to_stop():
         raise Interrupted(label, signal.SIGTERM)
   mesh.wait(f"{path} is whole")
@@ -244,11 +247,20 @@ def describe(directory: Path) -> dict[str, Any]:
   """What `collection.json` says."""
   try:
     about = json.loads((directory / "collection.json").read_text())
-    return {name: about[name] for name in ("model", "corpus", "count", "width", "dtype", "late", "late_width", "shard", "passages")}
+    return {name: about[name] for name in FIELDS}
   except FileNotFoundError as error:
-    raise UserError(f"{directory}: no encoded corpus here (collection.json is missing); `ernie-jax encode` makes one") from error
+    raise UserError(
+      f"{directory}: no encoded corpus here (collection.json is missing); `ernie-jax encode` makes one"
+    ) from error
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise UserError(f"{directory / 'collection.json'}: damaged; delete {directory}, and encode again") from error
+
+
+def source(directory: Path) -> str:
+  """Where the model lay that encoded the folder."""
+  describe(directory)
+  path = directory / "source.txt"
+  return path.read_text() if path.is_file() else str(directory.parent)
 
 
 def load(directory: Path) -> Collection:
@@ -274,9 +286,8 @@ def load(directory: Path) -> Collection:
 
 def gather(whole: Shards, scales: Shards | None, offsets: np.ndarray, rows: np.ndarray) -> Ragged:
   """Token vectors of some passages, in memory, as float16."""
-  lengths = offsets[rows + 1] - offsets[rows]
-  places = ranges(offsets[rows], lengths)
-  values = whole[places]
-  if scales is not None:
-    values = values.astype(np.float16) * scales[places]
-  return Ragged(values, np.concatenate([[0], np.cumsum(lengths)]))
+  found = retrieval.some(Ragged(whole, offsets), rows)  # type: ignore[arg-type]  # all that is asked of it is rows
+  if scales is None:
+    return found
+  own = retrieval.some(Ragged(scales, offsets), rows)  # type: ignore[arg-type]
+  return Ragged(found.values.astype(np.float16) * own.values, found.offsets)

@@ -148,6 +148,11 @@ def matching(directory: Path, **about: Any) -> Ragged | None:
   return Ragged(values, offsets)
 
 
+def passage(title: str, text: str) -> str:
+  """A passage as an encoder reads it."""
+  return f"{title}: {text}" if title else text
+
+
 def number(text: str) -> int:
   """A 64-bit hash of a string."""
   return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -68,7 +69,8 @@ def units(sizes: np.ndarray, longest: int, devices: int) -> Iterator[list[Unit]]
     count = min(max(1, room // length), 1 << (-(-rows // devices) - 1).bit_length())
     edges = np.searchsorted(places, np.arange(0, rows + count, count) * length)
     made = [
-      Unit(members[a:b], places[a:b] - i * count * length, count, length) for i, (a, b) in enumerate(zip(edges, edges[1:]))
+      Unit(members[a:b], places[a:b] - i * count * length, count, length)
+      for i, (a, b) in enumerate(itertools.pairwise(edges))
     ]
     for begin in range(0, len(made), devices):
       some = made[begin : begin + devices]
@@ -85,8 +87,8 @@ def _each(
 ) -> Iterator[tuple[np.ndarray, Any]]:
   """Applies a jitted function to all texts: (which, its result for them as numpy), unit by unit.
 
-  `make(texts, length, places=..., units=1, count=..., longest=...)` gives the rows of a unit. While the devices compute,
-  the next rows are made.
+  `make(texts, length, places=..., units=1, count=..., longest=...)` gives the rows of a unit. While the devices
+  compute, the next rows are made.
   """
   before: tuple[list[Unit], Any] | None = None
 
@@ -95,7 +97,7 @@ def _each(
     several = {id(unit): i for i, unit in reversed(list(enumerate(made)))}  # one that is repeated counts once
     for i in several.values():
       first = i * made[i].count * SHARED
-      own = jax.tree.map(lambda x: x[first : first + len(made[i].texts)], arrays)  # noqa: B023
+      own = jax.tree.map(lambda x: x[first : first + len(made[i].texts)], arrays)
       yield made[i].texts, own
       bar.advance(len(made[i].texts))
 
@@ -108,7 +110,8 @@ def _each(
       unit, most = made[i], made[i].count * SHARED
       layout = {"places": unit.places, "units": 1, "count": unit.count, "longest": unit.length}
       rows = make(unit.texts.tolist(), unit.length, **layout)
-      parts.append(rows.replace(starts=np.pad(rows.starts, (0, most - len(unit.texts))), unit=most))
+      starts = np.pad(np.asarray(rows.starts), (0, most - len(unit.texts)))
+      parts.append(dataclasses.replace(rows, starts=starts, unit=most))  # type: ignore[arg-type]
     result = apply(mesh.shard(jax.tree.map(lambda *x: np.concatenate(x), *parts), devices))
     if before is not None:
       yield from finished(*before)
@@ -155,7 +158,9 @@ def encode(
 
   held = mesh.whole(student, devices)
   apply = lambda rows: embed(held, rows, model, query, late)
-  with Progress(progress, len(store), "texts") if isinstance(progress, str) else contextlib.nullcontext(progress) as bar:
+  with (
+    Progress(progress, len(store), "texts") if isinstance(progress, str) else contextlib.nullcontext(progress) as bar
+  ):
     for texts, result in _each(sizes, longest, make, apply, bar, devices):
       vectors[texts] = result[0]
       if late:
@@ -167,16 +172,15 @@ def encode(
 Tokens = Callable[[np.ndarray], Ragged]  # passage rows [n], ascending -> their token vectors, [all tokens, D]
 
 
-def kept(encoded: Encoded) -> Tokens:
-  """Token vectors that are there."""
-  whole = Ragged(encoded.tokens, encoded.offsets)
-  return lambda rows: Ragged(*_some(whole, rows))
+def whole(encoded: Encoded) -> Ragged:
+  """The token vectors of all texts."""
+  return Ragged(encoded.tokens, encoded.offsets)
 
 
-def _some(whole: Ragged, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Rows of a column as one array, and where each begins in it."""
-  sizes = whole.offsets[rows + 1] - whole.offsets[rows]
-  return whole.values[ranges(whole.offsets[rows], sizes)], np.concatenate([[0], np.cumsum(sizes)])
+def some(vectors: Ragged, rows: np.ndarray) -> Ragged:
+  """The token vectors of some texts."""
+  sizes = vectors.offsets[rows + 1] - vectors.offsets[rows]
+  return Ragged(vectors.values[ranges(vectors.offsets[rows], sizes)], np.concatenate([[0], np.cumsum(sizes)]))
 
 
 def rerank_late(queries: Encoded, candidates: np.ndarray, tokens: Tokens, each: int) -> np.ndarray:
@@ -197,7 +201,7 @@ def rerank_late(queries: Encoded, candidates: np.ndarray, tokens: Tokens, each: 
         there = candidates[i] >= 0
         values[i, there] = maxsim(
           queries.tokens[queries.offsets[i] : queries.offsets[i + 1]],
-          Ragged(*_some(held, np.searchsorted(needed, candidates[i, there]))),
+          some(held, np.searchsorted(needed, candidates[i, there])),
         )
         bar.advance(1)
       begin += count
@@ -248,3 +252,27 @@ def reorder(candidates: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.
   """Candidates [Q, k] by new scores, best first; equal scores keep their order."""
   order = np.argsort(-values, axis=1, kind="stable")
   return np.take_along_axis(values, order, axis=1), np.take_along_axis(candidates, order, axis=1)
+
+
+def fuse(rankings: Sequence[tuple[np.ndarray, np.ndarray]], k: int, c: float = 60) -> tuple[np.ndarray, np.ndarray]:
+  """Reciprocal rank fusion (Cormack, Clarke, Buettcher 2009) of rankings (scores, passage rows), each [Q, any].
+
+  A passage's score is the sum of 1 / (c + rank) over the rankings that hold it, ranks from 1. A ranking's own scores
+  do not count, nor do rows of -1; it holds a passage once. Gives scores float64 and rows [Q, k], best first, equal
+  scores in the order of the passages; where fewer are found, score -inf and row -1 at the end, as `BM25.search` does.
+  """
+  rows = np.concatenate([found for _, found in rankings], axis=1)
+  ranks = np.concatenate([np.arange(found.shape[1]) for _, found in rankings]) + 1
+  # A passage's places side by side, by rank: sums of the same ranks are equal, whichever rankings they are from.
+  order = np.lexsort((np.broadcast_to(ranks, rows.shape), rows))
+  rows, parts = np.take_along_axis(rows, order, axis=1), 1 / (c + ranks[order])
+  sums = parts.copy()
+  for step in range(1, len(rankings)):
+    sums[:, :-step] += np.where(rows[:, step:] == rows[:, :-step], parts[:, step:], 0)
+  nothing = rows < 0
+  nothing[:, 1:] |= rows[:, 1:] == rows[:, :-1]  # the sum stands at a passage's first place
+  missing = ((0, 0), (0, max(0, k - rows.shape[1])))
+  sums = np.pad(np.where(nothing, -np.inf, sums), missing, constant_values=-np.inf)
+  rows = np.pad(np.where(nothing, -1, rows), missing, constant_values=-1)
+  order = np.argsort(-sums, axis=1, kind="stable")[:, :k]
+  return np.take_along_axis(sums, order, axis=1), np.take_along_axis(rows, order, axis=1)

@@ -124,7 +124,9 @@ def candidates(
     values, rows, norm = (np.asarray(x) for x in _gathered(*state, largest))
   if not np.isfinite(norm):
     raise UserError("a passage's vector is not finite: check the model that made it, and encode again")
-  values, rows = (x.reshape(count, size, k).transpose(1, 0, 2).reshape(size, -1)[: len(queries)] for x in (values, rows))
+  values, rows = (
+    x.reshape(count, size, k).transpose(1, 0, 2).reshape(size, -1)[: len(queries)] for x in (values, rows)
+  )
   best = np.argsort(-values, axis=1, kind="stable")[:, :k]
   return np.take_along_axis(values, best, 1), np.take_along_axis(rows, best, 1).astype(np.int64), float(norm)
 
