@@ -20,6 +20,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   state and data position on disk       checkpoints.py
   the training loop                     train.py
   encoding, ranking, mining             retrieval.py
+  FAISS and Milvus                      index.py
   metrics, BM25                         evaluate.py
   curves and tables as one page         report.py
   the training strategy, stage by stage recipe.py

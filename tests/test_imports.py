@@ -25,6 +25,7 @@ ORDER = [
   "checkpoints",
   "train",
   "retrieval",
+  "index",
   "evaluate",
   "report",
   "recipe",
