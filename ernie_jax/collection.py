@@ -178,8 +178,9 @@ def write(
   corpus or other settings.
   """
   sizes = (template.query_sizes if query else template.passage_sizes)(store.lengths)
+  texts = "queries" if query else "passages"
   about = {
-    "texts": "queries" if query else "passages",
+    "texts": texts,
     "model": fingerprint(student, model, template),
     "corpus": corpus,
     "count": len(store),
@@ -214,8 +215,8 @@ def write(
   missing = np.flatnonzero(~np.array(mesh.told(there), bool)).tolist()
   left = sum(begins[i + 1] - begins[i] for i in missing)
   here = mesh.make(jax.local_devices())
-  label = f"encode {about['texts']}"
-  with Progress(label, len(store), about["texts"], done=len(store) - left) as bar, jax.set_mesh(here):
+  label = f"encode {texts}"
+  with Progress(label, len(store), texts, done=len(store) - left) as bar, jax.set_mesh(here):
     for turn in range(0, len(missing), jax.process_count()):
       if turn + jax.process_index() < len(missing):
         i = missing[turn + jax.process_index()]

@@ -51,12 +51,12 @@ class Encode:
   late: Literal["no", "16", "8"] = "no"  # token vectors for late interaction too, with so many bits a number
   dtype: Literal["float32", "float16"] = "float32"  # of the vectors on disk
   skip_bad: int = 0  # most bad lines that are left out and counted; one more is an error
-  hosts: Annotated[Hosts, tyro.conf.arg(name="")] = Hosts()  # --multihost and its settings
+  hosts: Annotated[Hosts, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Hosts)  # --multihost and so on
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """Builds an index over an encoded corpus, or adds to it what it lacks, and says how much of the exact result it finds."""
+  """Builds an index over an encoded corpus, or adds to it what it lacks; prints its recall."""
 
   directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # a finished run, or an encoded corpus
   index: str  # flat, hnsw or ivfpq (FAISS), milvus:FILE.db (in this process) or milvus:http://HOST:19530
@@ -407,7 +407,9 @@ def rankings(chosen: Evaluate, k: int) -> tuple[Qrels, Iterator[tuple[str, Run]]
   data = datasets.load(searcher.data)
   queries = data.queries[chosen.split]
   if data.fingerprint != searcher.corpus.about["corpus"]:
-    raise UserError(f"{chosen.qrels}: holds {searcher.corpus.about['corpus']}, but the data set is {data.fingerprint} now")
+    raise UserError(
+      f"{chosen.qrels}: holds {searcher.corpus.about['corpus']}, but the data set is {data.fingerprint} now"
+    )
   if not len(queries.ids):
     raise UserError(f"--split {chosen.split}: data set {searcher.data.name!r} has no such queries")
   print(f"late and cross re-rank the dual-encoder's {chosen.depth} best of {len(data.corpus.ids)} passages")
@@ -434,4 +436,12 @@ def show(hits: Sequence[Hit], matched: Sequence[str] = ()) -> None:
       print(f"             {matched[rank - 1]}")
 
 
-VERBS = {"run": run, "encode": encode, "index": index, "search": search, "evaluate": evaluate, "data": data, "plan": plan}
+VERBS = {
+  "run": run,
+  "encode": encode,
+  "index": index,
+  "search": search,
+  "evaluate": evaluate,
+  "data": data,
+  "plan": plan,
+}
