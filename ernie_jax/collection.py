@@ -54,8 +54,8 @@ class Shards:
   def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
     if isinstance(rows, slice):
       begin, end, _ = rows.indices(len(self))
-      first, last = np.searchsorted(self.begins, [begin, end], side="right") - 1
-      if first == last:
+      first = int(np.searchsorted(self.begins, begin, side="right")) - 1
+      if begin < end <= self.begins[min(first + 1, len(self.arrays))]:  # within a shard: a view
         return self.arrays[first][begin - self.begins[first] : end - self.begins[first]]
       rows = np.arange(begin, max(begin, end))
     found = np.empty((len(rows), *self.shape[1:]), self.dtype)

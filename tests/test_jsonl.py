@@ -130,7 +130,7 @@ def test_a_corpus_alone_is_a_data_set_without_queries(folder):
   assert list(found.corpus.ids) == ["p1", "p2"]
   assert [len(found.queries[split].ids) for split in ("train", "dev", "test")] == [0, 0, 0]
   (folder / "corpus.jsonl").unlink()
-  with pytest.raises(UserError, match="corpus.jsonl"):
+  with pytest.raises(UserError, match=r"corpus\.jsonl"):
     load(folder)
 
 
