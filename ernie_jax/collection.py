@@ -192,17 +192,17 @@ def write(
     "passages": passages,
   }
   path = directory / "collection.json"
-  try:
-    for name in ("vectors", *(() if late == "no" else ("tokens",)), *(("scales",) if late == "8" else ())):
-      (directory / name).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"{directory}: cannot be written ({error.strerror or error}); choose another place") from error
   if path.is_file() and (found := describe(directory)) != about:
     field = next(name for name in about if found.get(name) != about[name])
     raise UserError(
       f"{directory}: holds a corpus encoded with {field}={found.get(field)!r}, not {about[field]!r}; "
       "name another folder, or delete it"
     )
+  try:
+    for name in ("vectors", *(() if late == "no" else ("tokens",)), *(("scales",) if late == "8" else ())):
+      (directory / name).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"{directory}: cannot be written ({error.strerror or error}); choose another place") from error
   if mesh.leads():
     for leftover in directory.glob("*/*.writing-*"):
       leftover.unlink()

@@ -273,7 +273,6 @@ def encode(args: Sequence[str]) -> None:
     own = found.queries[chosen.texts] if query else found.corpus
     titles = [""] * len(store) if query else found.corpus.titles
     collection.write_texts(chosen.output, own.ids, titles, own.texts, said)
-    collection.write_source(chosen.output, chosen.model, settings)
   mesh.wait("texts")
   student = model.params["student"]
   collection.write(
@@ -281,6 +280,7 @@ def encode(args: Sequence[str]) -> None:
     query=query, late=chosen.late, dtype=chosen.dtype,
   )  # fmt: skip
   if mesh.leads():
+    collection.write_source(chosen.output, chosen.model, settings)
     print(f"{chosen.output}: {len(store)} {'queries' if query else 'passages'}")
     print(f"next: ernie-jax {'search ' + str(chosen.output) if not query else 'index DIR'}")
 
