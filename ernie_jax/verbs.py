@@ -47,6 +47,15 @@ class Search:
 
 
 @dataclasses.dataclass(frozen=True)
+class Serve:
+  """Serves a page that searches a finished run or a collection, and the JSON behind it, until Ctrl-C."""
+
+  directory: Annotated[Path, tyro.conf.Positional]  # the run's or the collection's folder
+  host: str = "127.0.0.1"  # address to listen on; the default is reached from this machine only
+  port: int = 8000  # 0: a free one
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
   """Compiles a stage's training step for a TPU slice, without a TPU, and says what it would take."""
 
