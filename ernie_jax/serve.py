@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from ernie_jax.config import UserError
 
 if TYPE_CHECKING:
+  import uvicorn
   from fastapi import FastAPI
 
 LONGEST = 512  # characters of a query
@@ -37,6 +38,7 @@ MOST = 100  # passages of an answer
 PLACES = 32  # requests that wait for the searcher
 PATIENCE = 30.0  # seconds that a request waits
 CONNECTIONS = 256  # open at once
+GRACE = 20  # seconds at the end in which clients may fetch their last answers
 KEPT = 512  # answers kept: going back shows them at once
 DEPTH = {"late": 100, "cross": 50}  # passages that are ranked again; a cross-encoder reads each together with the query
 
@@ -75,12 +77,13 @@ class Line:
 
   def __init__(self, places: int, patience: float):
     self.places, self.patience, self.waiting = places, patience, 0
+    self.closed = False
     self.free = asyncio.Lock()
     self.thread = concurrent.futures.ThreadPoolExecutor(1, "searcher")
 
   @contextlib.asynccontextmanager
   async def turn(self) -> AsyncIterator[None]:
-    """Waits until the thread is the caller's. Raises `Busy` if the line is full, or the wait too long."""
+    """Waits until the thread is the caller's. Raises `Busy` if the line is full or closed, or the wait too long."""
     if self.waiting >= self.places:
       raise Busy("too many requests are waiting")
     self.waiting += 1
@@ -92,12 +95,19 @@ class Line:
     finally:
       self.waiting -= 1
     try:
+      if self.closed:
+        raise Busy("the service is about to end")
       yield
     finally:
       self.free.release()
 
   async def run(self, work: Callable[[], bytes]) -> bytes:
+    """Runs it in the thread; only in one's turn."""
     return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+
+  def close(self) -> None:
+    """Nobody's turn comes any more."""
+    self.closed = True
 
 
 class Busy(Exception):
@@ -143,11 +153,6 @@ def app(searcher: Any, hosts: Sequence[str] = LOOPBACK, places: int = PLACES, pa
   from starlette.exceptions import HTTPException as Refusal  # what the router raises: FastAPI's is a subclass
   from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-  @contextlib.asynccontextmanager
-  async def life(_: Any) -> AsyncIterator[None]:
-    yield
-    line.thread.shutdown(wait=False, cancel_futures=True)
-
   count = searcher.about["passages"]
   text = Annotated[str, pydantic.AfterValidator(plain)]
 
@@ -170,7 +175,8 @@ def app(searcher: Any, hosts: Sequence[str] = LOOPBACK, places: int = PLACES, pa
   kept: OrderedDict[tuple, bytes] = OrderedDict()
   checked = [fastapi.Depends(well_formed)]
   # FastAPI's own pages of documentation load scripts from elsewhere: there is no openapi.json, and so none of them.
-  api = fastapi.FastAPI(openapi_url=None, lifespan=life, redirect_slashes=False)
+  api = fastapi.FastAPI(openapi_url=None, redirect_slashes=False)
+  api.state.line = line
   api.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
   api.add_middleware(Guard)
 
@@ -251,12 +257,20 @@ def app(searcher: Any, hosts: Sequence[str] = LOOPBACK, places: int = PLACES, pa
   return api
 
 
-def loopback(host: str) -> bool:
-  """Whether only this machine reaches an address."""
+def names(host: str) -> list[str]:
+  """The Host headers that a service listening on `host` answers to: any, unless only this machine reaches it."""
   try:
-    return ipaddress.ip_address(host).is_loopback
+    loopback = ipaddress.ip_address(host).is_loopback
   except ValueError:
-    return host == "localhost"
+    loopback = host == "localhost"
+  return [*LOOPBACK, host] if loopback else ["*"]
+
+
+def warm(searcher: Any) -> None:
+  """Compiles what the page asks for: the first query would wait for it."""
+  for how in ("bm25", "dual", "late", "cross"):
+    searcher.search(["warm"], MOST if how == "dual" else 10, how, DEPTH.get(how, MOST))
+  searcher.match("warm", 0)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -276,9 +290,17 @@ def address(host: str, own: socket.socket) -> str:
   return f"http://{f'[{host}]' if ':' in host else host}:{own.getsockname()[1]}"
 
 
-def run(api: "FastAPI", own: socket.socket) -> None:
-  """Serves until Ctrl-C or SIGTERM, which uvicorn hands on when the requests at work are done."""
+def server(api: "FastAPI") -> "uvicorn.Server":
+  """What answers on a socket: `server(api).run([listen(...)])`, until Ctrl-C or SIGTERM, which it then hands on.
+
+  It ends in order: the request at work is answered, those that wait are sent away.
+  """
   import uvicorn
+
+  class Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+      api.state.line.close()
+      await super().shutdown(sockets)
 
   settings = uvicorn.Config(
     api,
@@ -289,6 +311,6 @@ def run(api: "FastAPI", own: socket.socket) -> None:
     server_header=False,
     proxy_headers=False,
     limit_concurrency=CONNECTIONS,
-    timeout_graceful_shutdown=3,
+    timeout_graceful_shutdown=GRACE,
   )
-  uvicorn.Server(settings).run([own])
+  return Server(settings)

@@ -235,10 +235,29 @@ def plan(args: Sequence[str]) -> None:
   print(planning.table(planning.plan(chosen.config, chosen.stage, chosen.topology)))
 
 
+def serve(args: Sequence[str]) -> None:
+  chosen = parse(Serve, "serve", args)
+  try:
+    import fastapi  # noqa: F401
+    import uvicorn  # noqa: F401
+  except ImportError as error:
+    raise UserError(f"serve: {error.name} is not installed; pip install 'ernie-jax[serve]'") from error
+  from ernie_jax import serve as service
+  from ernie_jax.search import Searcher
+
+  with service.listen(chosen.host, chosen.port) as own:  # first, for it fails at once
+    searcher = Searcher(chosen.directory)
+    service.warm(searcher)
+    api = service.app(searcher, service.names(chosen.host))
+    SIGNALS.take(signal.SIGTERM)
+    print(f"{searcher.about['passages']:,} passages at {service.address(chosen.host, own)}", flush=True)
+    service.server(api).run([own])
+
+
 def show(results: list[tuple[float, dict[str, str]]]) -> None:
   for rank, (score, passage) in enumerate(results, 1):
     snippet = textwrap.shorten(passage["text"], 160, placeholder=" ...")
     print(f"{rank:3d}  {score:6.3f}  {passage['title']}\n             {snippet}")
 
 
-VERBS = {"run": run, "search": search, "data": data, "plan": plan}
+VERBS = {"run": run, "search": search, "data": data, "plan": plan, "serve": serve}

@@ -29,6 +29,7 @@ ORDER = [
   "report",
   "recipe",
   "plan",
+  "serve",
   "verbs",
   "__main__",
 ]

@@ -163,6 +163,7 @@ async function rank(column, query, signal) {
     body.replaceChildren(found.hits.length ? list(column, query) : nothing(ranking));
     moves();
     if (open !== null) chips();
+    redraw?.();
   } catch (error) {
     if (signal.aborted) return;
     const again = make("button", { class: "again", type: "button", onclick: () => rank(column, query, signal) }, "Try again");
@@ -186,10 +187,10 @@ function list(column, query) {
       "a",
       { class: hit.title ? "hit" : "hit untitled", href: link(query, hit.row), "data-row": hit.row },
       make("span", { class: "rank" }, String(i + 1)),
-      hit.title ? make("h3", {}, ...marked(hit.title, common(hit.title, query))) : null,
+      hit.title ? make("h3", { dir: "auto" }, ...marked(hit.title, common(hit.title, query))) : null,
       make("span", { class: "score", title: `score ${hit.score}` }, number(hit.score, digits)),
       make("span", { class: "move" }),
-      make("p", { class: "snippet" }, ...snippet(hit.text, query)),
+      make("p", { class: "snippet", dir: "auto" }, ...snippet(hit.text, query)),
     );
     card.addEventListener("click", (event) => {
       if (event.metaKey || event.ctrlKey || event.shiftKey) return;
@@ -231,6 +232,7 @@ function moves() {
 
 let open = null; // row of the passage that it shows
 let matching = new AbortController();
+let redraw = null; // for a passage whose text no ranking has brought yet
 
 function passage(row) {
   for (const { hits } of columns.values()) {
@@ -255,6 +257,7 @@ async function show(query, row) {
   matching = new AbortController();
   const { signal } = matching;
   open = row;
+  redraw = null;
   const close = make("button", { class: "close", type: "button", "aria-label": "Close", onclick: leave }, icon("M3 3l10 10M13 3L3 13"));
   const body = make("div", { "aria-busy": "true" }, make("div", { class: "part ghost" }, make("i"), make("i"), make("i")));
   $("panel").replaceChildren(
@@ -264,8 +267,8 @@ async function show(query, row) {
       make(
         "div",
         {},
-        make("h2", { id: "panel-title" }, `Passage ${row}`),
-        make("p", {}, "for ", make("b", {}, query)),
+        make("h2", { id: "panel-title", dir: "auto" }, `Passage ${row}`),
+        make("p", {}, "for ", make("b", { dir: "auto" }, query)),
         make("ul", { class: "chips", id: "chips", "aria-label": "Place in each ranking" }),
       ),
       close,
@@ -277,8 +280,13 @@ async function show(query, row) {
   $("panel").scrollTop = 0;
   try {
     const found = await ask("/api/match", { q: query, row }, signal);
-    body.replaceChildren(...parts(found, passage(row)));
-    new Bands(found, body.querySelector(".bands"));
+    redraw = () => {
+      const hit = passage(row);
+      body.replaceChildren(...parts(found, hit));
+      new Bands(found, body.querySelector(".bands"));
+      if (hit) redraw = null;
+    };
+    redraw();
   } catch (error) {
     if (signal.aborted) return;
     const again = make("button", { class: "again", type: "button", onclick: () => show(query, row) }, "Try again");
@@ -378,7 +386,7 @@ function bare(found) {
     const joined = token.startsWith("##");
     return [joined || !j ? "" : " ", make("span", { class: "token", "data-token": j }, joined ? token.slice(2) : token)];
   });
-  return make("p", { class: "passage" }, ...nodes);
+  return make("p", { class: "passage", dir: "auto" }, ...nodes);
 }
 
 /** The whole text, each token at its place in it: tokens have lost case, accents and spaces. */
@@ -386,7 +394,7 @@ function tinted(hit, found) {
   const source = hit.title ? `${hit.title}\n${hit.text}` : hit.text;
   const edge = hit.title ? hit.title.length : -1;
   const spans = align(source, edge, found.passage);
-  const node = make("p", { class: "passage" });
+  const node = make("p", { class: "passage", dir: "auto" });
   const part = (from, to, span) => {
     if (from >= to) return;
     if (from < edge && to > edge) return part(from, edge, span), part(edge, to, span);
@@ -563,7 +571,7 @@ function render() {
     if (row !== open || !$("panel").open) show(query, row);
   } else {
     matching.abort();
-    open = null;
+    open = redraw = null;
     tip(null);
     if ($("panel").open) $("panel").close();
   }
