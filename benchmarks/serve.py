@@ -1,10 +1,10 @@
-"""1,000 requests from 16 clients to `ernie-jax serve` over a run's folder: errors and times by kind, as a Markdown table.
+"""1,000 requests from 16 clients to `ernie-jax serve` over a run's folder: errors and times, as a Markdown table.
 
 python benchmarks/serve.py runs/quickstart
 
-Of 20 requests 9 are dual, 6 bm25, 3 late, 1 cross and 1 match. Each has a query of its own, eight words of some passage:
-no answer is one that the service kept. A time is the client's, from request to the last byte, with the wait for the
-others' requests; what stands beside it is the time that the searcher took.
+Of 20 requests 9 are dual, 6 bm25, 3 late, 1 cross and 1 match. Each has a query of its own, eight words of some
+passage: no answer is one that the service kept. A time is the client's, from request to the last byte, with the wait
+for the others' requests; what stands beside it is the time that the searcher took.
 """
 
 import http.client
@@ -83,11 +83,9 @@ print("| kind | requests | errors | p50 | p95 | p99 | longest | searcher's p50 |
 for kind in [*dict.fromkeys(MIXTURE), "all"]:
   own = [row for row in done if kind in (row[0], "all")]
   errors = sum(status != 200 for _, status, _, _ in own)
-  p50, p95, p99, longest = np.percentile([seconds for _, _, seconds, _ in own], [50, 95, 99, 100])
-  middle = np.median([seconds for _, _, _, seconds in own])
-  print(
-    f"| {kind} | {len(own)} | {errors} | {p50:.2f} s | {p95:.2f} s | {p99:.2f} s | {longest:.2f} s | {middle:.3f} s |"
-  )
+  times = [*np.percentile([seconds for _, _, seconds, _ in own], [50, 95, 99, 100])]
+  times.append(np.median([seconds for _, _, _, seconds in own]))
+  print(f"| {kind} | {len(own)} | {errors} | {' | '.join(f'{seconds:.3f} s' for seconds in times)} |")
 lost = REQUESTS - len(done)
 print(f"\n{REQUESTS / wall:.1f} requests a second, {wall:.0f} s in all; {lost} without an answer")
 sys.exit(lost + sum(status != 200 for _, status, _, _ in done) > 0)

@@ -1,4 +1,4 @@
-"""The search service: answers are the searcher's, everything out of bounds is a 4xx, and the page works in a browser."""
+"""The service: answers are the searcher's, everything out of bounds is a 4xx, and the page works in a browser."""
 
 import contextlib
 import dataclasses
@@ -70,25 +70,10 @@ HOSTILE = "<img src=x onerror=\"window.hacked = 1\"> & 'quotes' </script><script
 def folder(tmp_path_factory):
   """A finished run with an untrained model, of a corpus with a hostile passage."""
   directory = tmp_path_factory.mktemp("run")
-  words = [
-    "thread",
-    "queue",
-    "file",
-    "line",
-    "read",
-    "matrix",
-    "solve",
-    "python",
-    "lock",
-    "array",
-    "sort",
-    "date",
-    "string",
-    "parse",
-  ]
+  words = ["thread", "queue", "file", "line", "read", "matrix", "solve", "lock", "array", "sort", "date", "parse"]
   rng = np.random.default_rng(0)
   text = lambda: " ".join(rng.choice(words, rng.integers(5, 30)))
-  corpus = [{"id": f"p{i}", "title": f"{words[i % 14]}.Name{i}", "text": text()} for i in range(40)]
+  corpus = [{"id": f"p{i}", "title": f"{words[i % 12]}.Name{i}", "text": text()} for i in range(40)]
   corpus[7] = {"id": "p7", "title": HOSTILE, "text": f"hostile thread {HOSTILE}"}
   corpus[8] = {"id": "p8", "title": "", "text": "thread without a title, and a \0, a \ud7ff, Ünïcode and 中文"}
   data = config.Data(name="jsonl", folder="in", query_length=12, passage_length=24)

@@ -259,7 +259,7 @@ async function show(query, row) {
   open = row;
   redraw = null;
   const close = make("button", { class: "close", type: "button", "aria-label": "Close", onclick: leave }, icon("M3 3l10 10M13 3L3 13"));
-  const body = make("div", { "aria-busy": "true" }, make("div", { class: "part ghost" }, make("i"), make("i"), make("i")));
+  const body = make("div", { class: "parts", "aria-busy": "true" }, make("div", { class: "part ghost" }, make("i"), make("i"), make("i")));
   $("panel").replaceChildren(
     make(
       "div",
