@@ -19,6 +19,7 @@ import ipaddress
 import json
 import re
 import socket
+import textwrap
 import time
 import unicodedata
 import urllib.parse
@@ -32,6 +33,8 @@ from ernie_jax.config import UserError
 if TYPE_CHECKING:
   import uvicorn
   from fastapi import FastAPI
+
+  from ernie_jax.search import Searcher
 
 LONGEST = 512  # characters of a query
 MOST = 100  # passages of an answer
@@ -140,8 +143,16 @@ def plain(text: str) -> str:
   return text
 
 
-def app(searcher: Any, hosts: Sequence[str] = LOOPBACK, places: int = PLACES, patience: float = PATIENCE) -> "FastAPI":
-  """The service over a `search.Searcher`; `places` requests wait for it, for `patience` seconds at most.
+def app(
+  searcher: "Searcher",
+  hosts: Sequence[str] = LOOPBACK,
+  examples: Sequence[str] = (),
+  places: int = PLACES,
+  patience: float = PATIENCE,
+) -> "FastAPI":
+  """The service; `places` requests wait for the searcher, for `patience` seconds at most.
+
+  `examples` are queries that the page suggests.
 
   `hosts`: the names it answers to, ["*"] for all. A page from elsewhere can give its own name a loopback address, and
   the browser then takes this service for that page's: only the Host header tells.
@@ -202,7 +213,7 @@ def app(searcher: Any, hosts: Sequence[str] = LOOPBACK, places: int = PLACES, pa
 
   @api.get("/api/about")
   async def about() -> Any:
-    return searcher.about
+    return {**searcher.about, "examples": examples}
 
   @api.get("/api/search", dependencies=checked)
   async def search(request: Request, asked: Annotated[Search, Query()]) -> Response:
@@ -218,7 +229,8 @@ def app(searcher: Any, hosts: Sequence[str] = LOOPBACK, places: int = PLACES, pa
     def work() -> dict[str, Any]:
       found = searcher.match(asked.q, asked.row)
       similarity = [[round(float(x), 4) for x in row] for row in found.similarity]
-      return {**asked.model_dump(), **dataclasses.asdict(found), "similarity": similarity}
+      shown = {"query": found.query, "passage": found.passage, "similarity": similarity, "score": found.score}
+      return {**asked.model_dump(), **shown}
 
     return await answer(request, ("match", asked.row, asked.q), work)
 
@@ -266,7 +278,15 @@ def names(host: str) -> list[str]:
   return [*LOOPBACK, host] if loopback else ["*"]
 
 
-def warm(searcher: Any) -> None:
+def examples(searcher: "Searcher") -> list[str]:
+  """Three queries for a corpus: how passages of it begin."""
+  count = searcher.about["passages"]
+  texts = [searcher.hit(count * (2 * i + 1) // 6, 0.0).text for i in range(3)]
+  firsts = [re.split(r"[.,;:!?。，；：！？]\s|[。，；：！？\n]", text.strip())[0].rstrip(".") for text in texts]
+  return list(dict.fromkeys(textwrap.shorten(first, 60, placeholder="") for first in firsts if first))
+
+
+def warm(searcher: "Searcher") -> None:
   """Compiles what the page asks for: the first query would wait for it."""
   for how in ("bm25", "dual", "late", "cross"):
     searcher.search(["warm"], MOST if how == "dual" else 10, how, DEPTH.get(how, MOST))

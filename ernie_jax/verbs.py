@@ -248,7 +248,7 @@ def serve(args: Sequence[str]) -> None:
   with service.listen(chosen.host, chosen.port) as own:  # first, for it fails at once
     searcher = Searcher(chosen.directory)
     service.warm(searcher)
-    api = service.app(searcher, service.names(chosen.host))
+    api = service.app(searcher, service.names(chosen.host), service.examples(searcher))
     SIGNALS.take(signal.SIGTERM)
     print(f"{searcher.about['passages']:,} passages at {service.address(chosen.host, own)}", flush=True)
     service.server(api).run([own])
