@@ -20,21 +20,25 @@ from pathlib import Path
 
 import numpy as np
 
+from ernie_jax import collection
+
 REQUESTS, CLIENTS = 1000, 16
 MIXTURE = ["dual"] * 9 + ["bm25"] * 6 + ["late"] * 3 + ["cross", "match"]
 
 folder = Path(sys.argv[1])
 rng = random.Random(0)
-with open(folder / "prepare" / "corpus.jsonl") as file:
-  corpus = [json.loads(line)["text"].split() for line in file]
+described = folder / "model" / "model.json"  # of a run; else the folder is a collection
+own = folder / json.loads(described.read_text())["about"]["corpus"] if described.is_file() else folder
+texts = collection.load(own).passages.texts
 
 
 def request(i: int) -> tuple[str, str]:
   """Kind and path of a request."""
   kind = MIXTURE[i % len(MIXTURE)]
-  row = rng.randrange(len(corpus))
-  begin = rng.randrange(max(1, len(corpus[row]) - 8))
-  query = f"{' '.join(corpus[row][begin : begin + 8])[:400]} {i}"
+  row = rng.randrange(len(texts))
+  words = texts[row].replace("\0", " ").split()
+  begin = rng.randrange(max(1, len(words) - 8))
+  query = f"{' '.join(words[begin : begin + 8])[:400]} {i}"
   if kind == "match":
     return kind, "/api/match?" + urllib.parse.urlencode({"q": query, "row": row})
   return kind, "/api/search?" + urllib.parse.urlencode({"q": query, "how": kind, "k": 10})

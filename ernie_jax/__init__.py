@@ -5,6 +5,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   settings, defaults, checks            config.py
   Ctrl-C and SIGTERM                    signals.py
   devices and hosts                     mesh.py
+  exact search, in tiles                topk.py
   ERNIE/BERT encoder                    encoder.py
   the three scorers                     scores.py
   the loss terms, DualReg               losses.py
@@ -19,8 +20,12 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   released weights                      pretrained.py
   state and data position on disk       checkpoints.py
   the training loop                     train.py
-  encoding, ranking, mining             retrieval.py
-  metrics, BM25                         evaluate.py
+  words, the BM25 index                 bm25.py
+  encoding, re-ranking                  retrieval.py
+  hard negatives                        mining.py
+  an encoded corpus on disk             collection.py
+  search over it, with hits             search.py
+  metrics                               evaluate.py
   curves and tables as one page         report.py
   the training strategy, stage by stage recipe.py
   a pod run, planned by the compiler    plan.py

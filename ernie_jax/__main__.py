@@ -29,6 +29,8 @@ USAGE = """usage: ernie-jax VERB ...
       search the corpus of a finished run; without a query, a prompt
   serve DIR [--port 8000] [--host 127.0.0.1]
       a page and a JSON API over a finished run or a collection: four rankings side by side, and how tokens match
+  evaluate QRELS RUN [RUN ...] [--measures MRR@10 nDCG@10 ...] [--per-query FILE]
+      measure runs in TREC format, and compare each with the first: difference, 95 % interval, significance
   data NAME --from DIR [--skip-bad N] [--start CHECKPOINT_DIR] ...
       prepare a data set and show what is in it: counts, lengths in tokens, samples, and the command that trains on it;
       NAME is docstrings (of installed packages, without --from), jsonl, msmarco, dpr, beir, dureader or squad

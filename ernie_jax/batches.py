@@ -28,16 +28,17 @@ MARGIN = 0.01  # packed rows beyond what units need on average
 SIMULATED = 16384  # passages of the trial that tells how many rows a unit needs
 
 
-def first_fit(sizes: np.ndarray, length: int, count: int) -> np.ndarray | None:
+def first_fit(sizes: np.ndarray, length: int, count: int, most: int | None = None) -> np.ndarray | None:
   """[n] where each text begins in `count` rows laid end to end: the longest first, each in the first row with room.
 
-  None if they do not all fit.
+  `most` (2 or more) is how many a row may hold. None if they do not all fit.
   """
   order = np.argsort(-sizes, kind="stable")
   large = int(np.count_nonzero(sizes > length // 2))  # no two of them share a row
   if large > count or sizes.sum() > length * count:
     return None
   free = np.full(count, length)
+  held = [1] * large + [0] * (count - large)
   places = np.empty(len(sizes), np.int64)
   places[order[:large]] = np.arange(large) * length
   free[:large] -= sizes[order[:large]]
@@ -47,7 +48,9 @@ def first_fit(sizes: np.ndarray, length: int, count: int) -> np.ndarray | None:
     if free[row] < size:
       return None
     places[i] = row * length + length - free[row]
-    free[row] -= size
+    held[row] += 1
+    # Full, from here on: its free tokens are not looked at again, and what it holds is placed.
+    free[row] = 0 if held[row] == most else free[row] - size
   return places
 
 

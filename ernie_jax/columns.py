@@ -60,6 +60,11 @@ class Ragged:
     """[N] how long each row is."""
     return np.diff(self.offsets)
 
+  def part(self, begin: int, end: int) -> Ragged:
+    """Some neighbouring rows: a view."""
+    offsets = self.offsets[begin : end + 1]
+    return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
   def take(self, rows: np.ndarray) -> Ragged:
     """Some rows, in memory."""
     return ragged([self[row] for row in rows])
@@ -141,6 +146,11 @@ def matching(directory: Path, **about: Any) -> Ragged | None:
   except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError):
     return None
   return Ragged(values, offsets)
+
+
+def passage(title: str, text: str) -> str:
+  """A passage as an encoder reads it."""
+  return f"{title}: {text}" if title else text
 
 
 def number(text: str) -> int:

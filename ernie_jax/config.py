@@ -318,11 +318,16 @@ class Mine:
 
   first: int = 1
   last: int = 30
+  sample: int | None = None  # so many of these ranks, drawn from the seed; None: all
+  denoise: float | None = None  # only those with at most this cross-encoder probability (RocketQA: 0.1)
+  margin: float | None = None  # only those whose logit is this far below the known positive's
   use: Literal["mined", "given", "both"] = "mined"  # given: the data set's own
 
   def __post_init__(self):
     check_choices(self, "mine.")
     check(1 <= self.first <= self.last, "mine.first", self.first, f"must lie in 1..mine.last={self.last}")
+    check(self.sample is None or self.sample >= 1, "mine.sample", self.sample, "must be at least 1, or None for all")
+    check(self.denoise is None or 0 < self.denoise < 1, "mine.denoise", self.denoise, "is a probability, in (0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)

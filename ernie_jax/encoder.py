@@ -56,7 +56,10 @@ def owned(rows: Rows) -> Int[Array, "t k"]:
   if rows.starts is None:
     return rows.segments
   segments = by_text(rows.segments, rows)
-  return jnp.where(jnp.abs(segments) == 1 + jnp.arange(rows.unit)[:, None], jnp.sign(segments), 0)
+  # After the last row's end stands its last token again, which may well be this text's.
+  there = rows.starts[:, None] + jnp.arange(rows.longest) < rows.tokens.size
+  own = jnp.abs(segments) == 1 + jnp.arange(rows.unit)[:, None]
+  return jnp.where(there & own, jnp.sign(segments), 0)
 
 
 def twice(rows: Rows) -> Rows:
@@ -151,13 +154,20 @@ class Layer(nnx.Module):
     self.architecture = a
 
   def __call__(
-    self, x: Float[Array, "n l h"], mask: Bool[Array, "n 1 l l"], noise: Noise | None
-  ) -> tuple[Float[Array, "n l h"], Float[Array, "n heads l l"]]:
-    """The layer's output, and its attention probabilities (before dropout, float32)."""
+    self, x: Float[Array, "n l h"], mask: Bool[Array, "n 1 l l"], noise: Noise | None, leads: Rows | None = None
+  ) -> tuple[Float[Array, "n q h"], Float[Array, "n heads q l"]]:
+    """The layer's output, and its attention probabilities (before dropout, float32).
+
+    Given rows (and no noise), only for the first token of each of their texts, [T, 1, H]: the rest is not computed.
+    """
     a = self.architecture
     noises = (None,) * 3 if noise is None else [noise.at(noise.seeds[i]) for i in range(3)]
     heads = lambda y: y.reshape(*y.shape[:2], a.heads, a.width // a.heads)
-    query, keyed, value = heads(self.query(x)), heads(self.key(x)), heads(self.value(x))
+    keyed, value = heads(self.key(x)), heads(self.value(x))
+    if leads is not None:
+      x, keyed, value = first(x, leads)[:, None], by_text(keyed, leads), by_text(value, leads)
+      mask = (owned(leads) > 0)[:, None, None, :]
+    query = heads(self.query(x))
     logits = jnp.einsum("nqad,nkad->naqk", query, keyed, preferred_element_type=jnp.float32)
     logits = jnp.where(mask, logits * (a.width // a.heads) ** -0.5, jnp.finfo(jnp.float32).min)
     attention = jax.nn.softmax(logits, axis=-1)
@@ -198,9 +208,11 @@ class Encoder(nnx.Module):
     self.architecture, self.dtype, self.scan, self.remat = a, dtype, scan, remat
 
   def __call__(
-    self, rows: Rows, noise: Noise | None = None
+    self, rows: Rows, noise: Noise | None = None, *, leads: bool = False
   ) -> tuple[Float[Array, "n l h"], Float[Array, "n heads l l"]]:
     """Hidden states of the last layer, and the last layer's attention probabilities; dropout where there is noise.
+
+    With `leads` and no noise, the last layer computes the first token of each text only, [T, 1, H].
 
     Noise brings seeds [layers + 1, 3, 2], as from `seeds(key, layers + 1, 3)`, and a number for each text.
     Cost follows use: attention probabilities that nobody reads are removed by the compiler.
@@ -210,14 +222,14 @@ class Encoder(nnx.Module):
     x = self.word(rows.tokens) + self.position(rows.positions) + self.type(rows.types)
     if self.task is not None:
       x = x + self.task(jnp.zeros_like(rows.tokens))
-    first = None if noise is None else noise.at(noise.seeds[-1, 0])
-    x = drop(self.norm(x), a.dropout, first).astype(self.dtype)
+    embedding = None if noise is None else noise.at(noise.seeds[-1, 0])
+    x = drop(self.norm(x), a.dropout, embedding).astype(self.dtype)
     same = jnp.abs(rows.segments)[:, :, None] == rows.segments[:, None, :]
     mask = (same & (rows.segments > 0)[:, None, :])[:, None]
 
-    def apply(x, layer_and_seeds):
+    def apply(x, layer_and_seeds, leads=None):
       layer, own = layer_and_seeds
-      return layer(x, mask, None if noise is None else noise.at(own))
+      return layer(x, mask, None if noise is None else noise.at(own), leads)
 
     # The last layer stands apart because its attention is an output (distilled by kl_attention).
     body, last = split_last((self.layers, None if noise is None else noise.seeds[:-1]), a.layers)
@@ -228,7 +240,7 @@ class Encoder(nnx.Module):
     else:
       for one in unstack(body, a.layers - 1):
         x, _ = step(x, one)
-    return apply(x, last)
+    return apply(x, last, rows if leads and noise is None else None)
 
 
 def split_last(stack, size: int):

@@ -1,20 +1,20 @@
-"""Runs and qrels in TREC format, MRR@10, R@k and nDCG@10 through `ir_measures`, and the BM25 baseline.
+"""Runs and qrels in TREC format, MRR@10, R@k and nDCG@10 through `ir_measures`, two runs compared.
 
 One order everywhere: by score, descending; equal scores by passage id, descending, as trec_eval breaks ties.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 from ernie_jax import config
-from ernie_jax.config import UserError
+from ernie_jax.config import UserError, first_line
 
 Run = dict[str, dict[str, float]]  # query id -> passage id -> score
 Qrels = dict[str, dict[str, int]]  # query id -> passage id -> relevance; 1 and above is relevant
@@ -130,33 +130,57 @@ def _relevance(cell: str) -> int:
 
 def metrics(run: Run, qrels: Qrels) -> dict[str, float]:
   """The mean of each of `MEASURES` over all queries of `qrels`; a query that `run` lacks counts 0."""
-  values = _values(run, qrels, MEASURES)
-  return {measure: sum(values[measure].values()) / len(qrels) for measure in MEASURES}
+  return {measure: mean(own) for measure, own in values(run, qrels, MEASURES).items()}
+
+
+def mean(values: dict[str, float]) -> float:
+  """Over queries."""
+  return sum(values.values()) / len(values)
 
 
 def per_query(run: Run, qrels: Qrels, measure: str) -> dict[str, float]:
   """One measure of each query of `qrels`, in their order: any that `ir_measures` knows by name."""
-  return _values(run, qrels, (measure,))[measure]
+  return values(run, qrels, (measure,))[measure]
 
 
-def _values(run: Run, qrels: Qrels, names: Iterable[str]) -> dict[str, dict[str, float]]:
+def values(run: Run, qrels: Qrels, measures: Iterable[str]) -> dict[str, dict[str, float]]:
+  """{measure: {query of `qrels`: value}}: those that `ir_measures` knows by name; a query that `run` lacks has 0.
+
+  Raises `UserError` for a measure that is not known or cannot be computed here, for a NaN score and for empty qrels.
+  """
   import ir_measures
 
   if not qrels:
     raise UserError("the qrels are empty: there is no query to measure")
-  measures = {}
-  for name in names:
-    try:
-      measures[ir_measures.parse_measure(name)] = name
-    except (ValueError, NameError, SyntaxError) as error:
-      raise UserError(f"measure {name!r} is not known: use for example {', '.join(MEASURES)}") from error
+  wanted = parsed(measures)
   # ir_measures joins two programs: one breaks ties by ascending id, the other by descending id after rounding
   # scores to single precision. Ranks in place of scores give both the same order, that of the run file.
   ranks = {qid: {pid: -float(rank) for rank, pid in enumerate(ranked(run[qid]))} for qid in qrels if qid in run}
-  values = {name: dict.fromkeys(qrels, 0.0) for name in measures.values()}
-  for result in ir_measures.iter_calc(list(measures), qrels, ranks):
-    values[measures[result.measure]][result.query_id] = float(result.value)
-  return values
+  found = {measure: dict.fromkeys(qrels, 0.0) for measure in wanted.values()}
+  try:
+    for result in ir_measures.iter_calc(list(found), qrels, ranks):
+      found[result.measure][result.query_id] = float(result.value)
+  except Exception as error:  # each program behind a measure has its own
+    raise UserError(f"{', '.join(wanted)}: cannot be measured here ({first_line(error)}); leave it out") from error
+  return {name: found[measure] for name, measure in wanted.items()}
+
+
+def parsed(measures: Iterable[str]) -> dict[str, Any]:
+  """The measures of `ir_measures` by their names; a `UserError` for a name that is none, and for no name."""
+  import ir_measures
+
+  found = {}
+  for name in measures:
+    try:
+      found[name] = ir_measures.parse_measure(name)
+      found[name].validate_params()
+      if found[name].params.get("cutoff", 1) < 1:  # trec_eval would end the process
+        raise ValueError
+    except (ValueError, NameError, TypeError, AssertionError) as error:
+      raise UserError(f"measure {name!r} is not known: use for example {', '.join(MEASURES)}") from error
+  if not found:
+    raise UserError(f"no measure is named: use for example {', '.join(MEASURES)}")
+  return found
 
 
 def bootstrap(
@@ -167,17 +191,42 @@ def bootstrap(
   Queries are drawn with replacement; both systems are always compared on the same ones. The same seed gives
   the same interval. Raises `ValueError` unless both hold the same queries, at least one.
   """
-  import numpy as np
-
-  if not a or a.keys() != b.keys():
-    raise ValueError(f"a paired comparison needs the same queries on both sides, got {len(a)} and {len(b)}")
-  differences = np.array([a[qid] - b[qid] for qid in a])
+  differences = _differences(a, b)
   rng = np.random.default_rng(seed)
   rows = max(1, 4_000_000 // len(differences))  # draws held at once: 32 MB of indices
   draw = lambda count: differences[rng.integers(len(differences), size=(count, len(differences)))]
   means = [draw(min(rows, samples - done)).mean(axis=1) for done in range(0, samples, rows)]
   low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
   return float(differences.mean()), float(low), float(high)
+
+
+def p_value(a: dict[str, float], b: dict[str, float], seed: int = 0, samples: int = 10_000) -> float:
+  """Two-sided p of the mean of a - b over queries: paired randomisation test (Smucker, Allan, Carterette 2007).
+
+  Were both systems the same, each query's difference might as well have the other sign. Signs are drawn `samples`
+  times, or all ways are tried where those are fewer. The same seed gives the same p. Raises `ValueError` as
+  `bootstrap` does.
+  """
+  import scipy.stats
+
+  differences = _differences(a, b)
+  if len(differences) == 1:  # SciPy wants two; with either sign, one difference is as large
+    return 1.0
+  result = scipy.stats.permutation_test(
+    (differences,),
+    lambda x, axis: x.mean(axis=axis),
+    permutation_type="samples",
+    n_resamples=samples,
+    batch=max(1, 4_000_000 // len(differences)),  # signs held at once
+    rng=seed,
+  )
+  return float(result.pvalue)
+
+
+def _differences(a: dict[str, float], b: dict[str, float]) -> np.ndarray:
+  if not a or a.keys() != b.keys():
+    raise ValueError(f"a paired comparison needs the same queries on both sides, got {len(a)} and {len(b)}")
+  return np.array([a[qid] - b[qid] for qid in a])
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -188,67 +237,13 @@ def table(results: dict[str, dict[str, float]]) -> str:
   cells = [["", *columns]] + [
     [row, *(f"{results[row][column]:.3f}" if column in results[row] else "-" for column in columns)] for row in rows
   ]
-  widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
+  return aligned(cells)
+
+
+def aligned(cells: list[list[str]]) -> str:
+  """Lines of the same number of cells as a text: the first column to the left, the others to the right."""
+  widths = [max(map(len, column)) for column in zip(*cells)]
   return "\n".join(
     "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))])
     for line in cells
   )
-
-
-# The baseline
-
-_WORD = re.compile(r"\w+")
-# Underscores, and the places where case changes: solverName -> solver Name, HTTPServer -> HTTP Server.
-_JOINT = re.compile(r"_+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_UNSPACED = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+)")  # kana and Han characters
-
-
-def words(text: str) -> list[str]:
-  """Lower-case words; `numpy.linalg.lstsqSolver_x` gives numpy linalg lstsq solver x, and lstsqsolver_x.
-
-  Chinese and Japanese write no spaces: there, every two neighbouring characters are a word, as in Lucene's CJKAnalyzer.
-  MRR@10 of 1,258 docstring summaries over 2,594 bodies: identifiers as they stand 0.530, split 0.601,
-  split and whole 0.612; split, without one-letter words 0.593.
-  """
-  result = []
-  for word in _WORD.findall(_UNSPACED.sub(r" \1 ", text)):
-    if _UNSPACED.fullmatch(word):
-      result += [first + second for first, second in itertools.pairwise(word)] or [word]
-      continue
-    parts = [part for part in _JOINT.split(word) if part]
-    result += parts if len(parts) <= 1 else [*parts, word]
-  return [word.lower() for word in result]
-
-
-def bm25(passages: Sequence[str], ids: Sequence[str], queries: dict[str, str], depth: int) -> Run:
-  """The `depth` best passages of each query by BM25 (Lucene's form, k1 = 1.5, b = 0.75), English stems.
-
-  Passages that share no word with the query are left out: a list can be shorter than `depth`, or empty.
-  Importing `bm25s` starts JAX's devices: in a multi-host program call `jax.distributed.initialize` first.
-  """
-  if len(passages) != len(ids) or len(set(ids)) != len(ids):
-    raise ValueError(f"{len(passages)} passages need as many different ids, got {len(set(ids))}")
-  if depth < 1:
-    raise ValueError(f"depth={depth}: must be at least 1")
-  import bm25s
-  import Stemmer
-  from bm25s.stopwords import STOPWORDS_EN
-
-  logging.getLogger("bm25s").setLevel(logging.WARNING)
-  stemmer, stop = Stemmer.Stemmer("english"), frozenset(STOPWORDS_EN)
-  stems = lambda text: stemmer.stemWords([word for word in words(text) if word not in stop])
-  corpus = [stems(passage) for passage in passages]
-  if not any(corpus) or not queries:
-    return {qid: {} for qid in queries}
-  index = bm25s.BM25(k1=1.5, b=0.75, method="lucene", backend="numpy")
-  index.index(corpus, show_progress=False)
-  rows, scores = index.retrieve(
-    [stems(query) for query in queries.values()],
-    k=min(depth, len(ids)),
-    show_progress=False,
-    backend_selection="numpy",  # the default takes jax.lax.top_k, and with it the accelerator
-  )
-  return {
-    qid: {ids[i]: float(score) for i, score in zip(row, line) if score > 0}
-    for qid, row, line in zip(queries, rows, scores)
-  }

@@ -111,9 +111,9 @@ def first(what: str) -> Iterator[None]:
     wait(what)
 
 
-def told(answer: bool) -> bool:
-  """Process 0's answer, the same in every process."""
-  return bool(multihost_utils.broadcast_one_to_all(np.array(answer))) if jax.process_count() > 1 else answer
+def told(answer: Any) -> Any:
+  """Process 0's answer (a number or an array of them), the same in every process."""
+  return multihost_utils.broadcast_one_to_all(np.array(answer)) if jax.process_count() > 1 else answer
 
 
 def every(answer: bool) -> bool:

@@ -25,23 +25,27 @@ import numpy as np
 from ernie_jax import (
   batches,
   checkpoints,
+  collection,
   columns,
   config,
   datasets,
   encoder,
   evaluate,
   mesh,
+  mining,
   pretrained,
   report,
   retrieval,
   step,
   templates,
   tokens,
+  topk,
 )
+from ernie_jax.bm25 import BM25
 from ernie_jax.columns import Ragged
 from ernie_jax.config import Config, Interrupted, UserError
 from ernie_jax.progress import clock, say
-from ernie_jax.scores import Params, Student, Teacher
+from ernie_jax.scores import Params, Student, Teacher, late_width
 from ernie_jax.train import finished, train
 
 STAGES = ("prepare", "baselines", "interaction", "mine", "warmup", "check", "cascade", "encode", "evaluate")
@@ -77,13 +81,13 @@ class Run:
     """Passages, or queries (`what` says which), with the given student."""
     query = what != "passages"
     student, model = params["student"], self.config.model
-    return retrieval.encode(student, model, store, self.template, query=query, late=late, label=f"encode {what}")
+    return retrieval.encode(student, model, store, self.template, query=query, late=late, progress=f"encode {what}")
 
   def as_run(self, split: str, values: Iterable[np.ndarray], found: Iterable[np.ndarray]) -> evaluate.Run:
-    """Scores and passage rows [Q, k] with their ids."""
+    """Scores and passage rows [Q, k] with their ids; row -1 is no passage."""
     ids = self.data.corpus.ids
     return {
-      query: {ids[row]: float(score) for row, score in zip(rows, scores)}
+      query: {ids[row]: float(score) for row, score in zip(rows, scores) if row >= 0}
       for query, rows, scores in zip(self.data.queries[split].ids, found, values)
     }
 
@@ -319,9 +323,7 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     data.corpus.identity,
   )
   if not known.is_file():
-    rows = zip(data.corpus.ids, data.corpus.titles, data.corpus.texts)
-    lines = (json.dumps({"id": i, "title": title, "text": text}) for i, title, text in rows)
-    config.write(place / "corpus.jsonl", (line + "\n" for line in lines))
+    collection.write_passages(place, data.corpus, data.fingerprint)
     for split in data.queries:
       evaluate.write_qrels(data.qrels(split), place / f"qrels.{split}.trec")
     sizes = {split: len(q.ids) for split, q in data.queries.items()}
@@ -371,14 +373,12 @@ def architecture(
 def baselines(current: Run) -> dict[str, Any]:
   """BM25 and the model before training, on the test split."""
   test = current.data.queries["test"]
-  ids = current.data.corpus.ids
-  bm25 = evaluate.bm25(current.data.corpus.passages, ids, dict(zip(test.ids, test.texts)), DEPTH)
-  current.write_run(bm25, folder(current.directory / "runs") / "test.bm25.trec", "bm25")
+  by_words = BM25.build(current.data.corpus.passages).search(test.texts, DEPTH)
   passages = current.encode(current.params, current.passages, "passages", late=False)
   queries = current.encode(current.params, current.queries["test"], "test queries", late=False)
-  found = retrieval.top_k(queries.vectors, passages.vectors, DEPTH)
+  found = topk.top_k(queries.vectors, passages.vectors, DEPTH)
   return {
-    "bm25": evaluate.metrics(bm25, current.data.qrels("test")),
+    "bm25": current.measure("bm25", "test", *by_words),
     "zero_shot": current.measure("zero_shot", "test", *found),
   }
 
@@ -438,9 +438,11 @@ def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:
   def measure(params: Params) -> dict[str, float]:
     q = current.encode(params, queries, "dev queries", late=True)
     p = current.encode(params, passages, "passages", late=True)
-    values, found = retrieval.top_k(q.vectors, p.vectors, DEPTH)
+    values, found = topk.top_k(q.vectors, p.vectors, DEPTH)
     best = found[:, : e.late_depth]
-    reranked = retrieval.reorder(chosen[best], retrieval.rerank_late(q, p, best))
+    tokens = functools.partial(retrieval.some, retrieval.whole(p))
+    again = retrieval.rerank_late(q, best, tokens, each_passage(current, params))
+    reranked = retrieval.reorder(chosen[best], again)
     late = evaluate.metrics(current.as_run("dev", *reranked), qrels)
     dual = evaluate.metrics(current.as_run("dev", values, chosen[found]), qrels)
     return dual | {f"late.{name}": x for name, x in late.items()}
@@ -454,21 +456,38 @@ def first_judged(current: Run, count: int) -> dict[str, dict[str, int]]:
   return {name: every[name] for name in current.data.queries["dev"].ids[:count]}
 
 
-def encode_corpus(current: Run, params: Params, place: Path) -> tuple[retrieval.Encoded, dict[str, float]]:
-  """Vectors and token vectors of the corpus, kept in the stage's folder; the dual-encoder's metrics on dev."""
-  passages = current.encode(params, current.passages, "passages", late=True)
-  for name, x in dataclasses.asdict(passages).items():
-    lead(name, functools.partial(np.save, place / f"{name}.npy", x))
+def each_passage(current: Run, params: Params) -> int:
+  """Bytes of the token vectors of a passage, at most."""
+  return 2 * current.config.data.passage_length * late_width(params["student"])
+
+
+def encode_corpus(current: Run, params: Params, place: Path) -> tuple[collection.Collection, dict[str, float]]:
+  """The corpus, encoded into the stage's folder; and the dual-encoder's metrics on dev.
+
+  Token vectors are kept if they are not too large: else those of candidates are made when they are re-ranked.
+  """
+  c = current.config
+  small = len(current.passages) * each_passage(current, params) <= collection.SMALL
+  student, about = params["student"], ("../prepare", current.data.fingerprint)
+  collection.write(place, student, c.model, current.passages, current.template, *about, late="16" if small else "no")
+  passages = collection.load(place)
   queries = current.encode(params, current.queries["dev"], "dev queries", late=False)
-  found = retrieval.top_k(queries.vectors, passages.vectors, DEPTH)
+  found = search(current, queries, passages, DEPTH)
   return passages, current.measure(f"dual.{place.name}", "dev", *found)
 
 
-def encoded(place: Path) -> retrieval.Encoded:
-  """What `encode_corpus` kept."""
-  return retrieval.Encoded(
-    **{f.name: retrieval.load(place / f"{f.name}.npy") for f in dataclasses.fields(retrieval.Encoded)}
-  )
+def search(
+  current: Run, queries: retrieval.Encoded, passages: collection.Collection, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Scores and passage rows [Q, k] of the dual-encoder."""
+  return topk.top_k(queries.vectors, passages.vectors, k, order=passages.passages.order)
+
+
+def token_vectors(current: Run, params: Params, passages: collection.Collection) -> retrieval.Tokens:
+  """Those that are kept, or made as they are needed."""
+  if passages.tokens is not None:
+    return passages.tokens
+  return lambda rows: retrieval.whole(current.encode(params, current.passages.take(rows), "passages", late=True))
 
 
 def encoded_in(name: str) -> str:
@@ -480,15 +499,17 @@ def mine(current: Run, params: Params, place: Path) -> dict[str, Any]:
   """Hard negatives of the training queries from the interaction-distilled student, as a TREC run."""
   passages, dev = encode_corpus(current, params, place)
   queries = current.encode(params, current.queries["train"], "training queries", late=False)
-  rows, values = retrieval.mine(
+  values, rows = mining.mine(
     queries.vectors,
     passages.vectors,
-    list(current.data.queries["train"].positives),
+    current.data.queries["train"].positives,
     current.identity,
     current.config.mine,
+    order=passages.passages.order,
+    seed=current.config.seed,
   )
   current.write_run(current.as_run("train", values, rows), place / "negatives.trec", "mined")
-  return {"dev": dev, "negatives_per_query": float(np.mean([len(r) for r in rows]))}
+  return {"dev": dev, "negatives_per_query": float((rows >= 0).sum(1).mean())}
 
 
 def mined(current: Run) -> list[np.ndarray]:
@@ -513,9 +534,8 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   e = current.config.evaluate
   store = current.queries["dev"]
   some = np.arange(min(e.teacher_queries, len(store)))
-  vectors = retrieval.load(current.directory / "mine" / "vectors.npy")
-  queries = current.encode(student_params, store, "dev queries", late=False)
-  values, found = retrieval.top_k(queries.vectors[some], vectors, e.teacher_depth)
+  queries = current.encode(student_params, store.take(some), "dev queries", late=False)
+  values, found = search(current, queries, collection.load(current.directory / "mine"), e.teacher_depth)
   teacher = retrieval.rerank_cross(teacher_params, store, current.passages, found, current.template)
   qrels = first_judged(current, len(some))
   scores = {
@@ -547,10 +567,11 @@ def measure(current: Run, students: dict[str, Params], best: str) -> dict[str, A
   stages: dict[str, dict[str, dict[str, float]]] = {}
   chosen = np.zeros((0, 0), int)
   for name, params in students.items():
-    passages = encoded(current.directory / encoded_in(name))
+    passages = collection.load(current.directory / encoded_in(name))
     queries = current.encode(params, current.queries["test"], "test queries", late=True)
-    values, found = retrieval.top_k(queries.vectors, passages.vectors, max(DEPTH, e.late_depth, e.cross_depth))
-    late = retrieval.rerank_late(queries, passages, found[:, : e.late_depth])
+    values, found = search(current, queries, passages, max(DEPTH, e.late_depth, e.cross_depth))
+    tokens = token_vectors(current, params, passages)
+    late = retrieval.rerank_late(queries, found[:, : e.late_depth], tokens, each_passage(current, params))
     stages[name] = {
       "dual": current.measure(f"dual.{name}", "test", values, found),
       "late": current.measure(f"late.{name}", "test", *retrieval.reorder(found[:, : e.late_depth], late)),
@@ -590,7 +611,7 @@ def keep(current: Run, students: dict[str, Params], best: str) -> Params:
   place = folder(current.directory / "model")
   about = {
     "student": best,
-    "corpus": str(Path(encoded_in(best)) / "vectors.npy"),
+    "corpus": encoded_in(best),
     "data": dataclasses.asdict(current.config.data),
     "fingerprint": current.data.fingerprint,
   }

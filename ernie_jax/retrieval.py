@@ -1,29 +1,32 @@
-"""Encoding, exact search, re-ranking and hard-negative mining."""
+"""Encoding and re-ranking: texts in packed rows, the longest first, each device its own."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-import json
+import itertools
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ernie_jax import checkpoints, config, mesh, scores
+from ernie_jax import config, mesh, scores
+from ernie_jax.batches import first_fit
 from ernie_jax.columns import Ragged
-from ernie_jax.config import Interrupted, UserError
+from ernie_jax.config import Interrupted
 from ernie_jax.encoder import Rows
 from ernie_jax.progress import Progress
-from ernie_jax.templates import Template
-from ernie_jax.tokens import Tokenizer, in_memory
+from ernie_jax.templates import Template, ranges
 
-ROWS = 64  # texts encoded at once, on each device
-BUCKETS = 4  # row lengths compiled for: quarters of the longest
+TOKENS = {"cpu": 1024}  # that a device encodes at once: what a layer makes of them stays in a CPU's cache
+TOKENS_ELSEWHERE = 2**16
+SHORTEST = 16  # tokens of a row
+SHARED = 4  # most texts of a row
+MEMORY = 2**31  # bytes of token vectors held at once where they are made as they are needed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,40 +38,86 @@ class Encoded:
   offsets: np.ndarray  # [N + 1]: text i has tokens[offsets[i]:offsets[i + 1]]
 
 
-def _batches(lengths: np.ndarray, longest: int) -> Iterator[tuple[np.ndarray, int]]:
-  """Rows in order of length, with the row length they are padded to; shapes repeat, so little is compiled."""
-  edges = [-(-longest * (i + 1) // BUCKETS) for i in range(BUCKETS)]
-  bucket = np.searchsorted(edges, np.minimum(lengths, longest))
-  size = ROWS * jax.device_count()
-  for b, edge in enumerate(edges):
-    members = np.flatnonzero(bucket == b)
-    for start in range(0, len(members), size):
-      yield members[start : start + size], edge
+@dataclasses.dataclass(frozen=True)
+class Unit:
+  """Texts that a device encodes at once."""
+
+  texts: np.ndarray  # [n] which
+  places: np.ndarray  # [n] where each begins in the rows laid end to end
+  count: int  # rows
+  length: int  # tokens of a row
+
+
+def units(sizes: np.ndarray, longest: int, devices: int) -> Iterator[list[Unit]]:
+  """All texts, by their numbers of tokens, packed into units; a list holds units of one shape, one for each device.
+
+  Rows are as long as the longest text, or a half or a quarter of that where two texts fit: attention costs what a row
+  is long. Shapes repeat, so little is compiled; the last list of a shape repeats its last unit.
+  """
+  room = TOKENS.get(jax.default_backend(), TOKENS_ELSEWHERE)
+  lengths = np.unique([max(SHORTEST, -(-longest // part)) for part in (4, 2, 1)])
+  kind = np.searchsorted(lengths[:-1], 2 * sizes)
+  for c in range(len(lengths))[::-1]:
+    members, length = np.flatnonzero(kind == c), int(lengths[c])
+    if not len(members):
+      continue
+    places = first_fit(sizes[members], length, len(members), SHARED)
+    assert places is not None  # a row for each would do
+    order = np.argsort(places, kind="stable")
+    members, places = members[order], places[order]
+    rows = int(places[-1]) // length + 1
+    count = min(max(1, room // length), 1 << (-(-rows // devices) - 1).bit_length())
+    edges = np.searchsorted(places, np.arange(0, rows + count, count) * length)
+    made = [
+      Unit(members[a:b], places[a:b] - i * count * length, count, length)
+      for i, (a, b) in enumerate(itertools.pairwise(edges))
+    ]
+    for begin in range(0, len(made), devices):
+      some = made[begin : begin + devices]
+      yield some + [some[-1]] * (devices - len(some))
 
 
 def _each(
-  label: str,
-  lengths: np.ndarray,
+  sizes: np.ndarray,
   longest: int,
-  make: Callable[[list[int], int], Rows],
-  apply: Callable,
-) -> Iterator[tuple[np.ndarray, int, Any]]:
-  """Applies a jitted function to all texts, batch by batch: (texts, row length, its result as numpy).
+  make: Callable[..., Rows],
+  apply: Callable[[Rows], Any],
+  bar: Progress,
+  devices: jax.sharding.Mesh,
+) -> Iterator[tuple[np.ndarray, Any]]:
+  """Applies a jitted function to all texts: (which, its result for them as numpy), unit by unit.
 
-  `make(texts, length)` gives rows of that many tokens.
+  `make(texts, length, places=..., units=1, count=..., longest=...)` gives the rows of a unit. While the devices
+  compute, the next rows are made.
   """
-  devices = mesh.make()
-  size = ROWS * jax.device_count()
-  mine = mesh.share(devices, size)
-  with Progress(label, len(lengths), "texts") as bar:
-    for members, edge in _batches(lengths, longest):
-      if mesh.asked_to_stop():
-        raise Interrupted(label, signal.SIGTERM)
-      filled = np.resize(members, size)  # the last batch of a bucket is filled up by repeating texts
-      rows = make(filled[mine].tolist(), edge)
-      result = jax.tree.map(np.asarray, apply(mesh.shard(rows, devices)))
-      yield members, edge, jax.tree.map(lambda x: x[: len(members)], result)
-      bar.advance(len(members))
+  before: tuple[list[Unit], Any] | None = None
+
+  def finished(made: list[Unit], result: Any) -> Iterator[tuple[np.ndarray, Any]]:
+    arrays = jax.tree.map(np.asarray, result)
+    several = {id(unit): i for i, unit in reversed(list(enumerate(made)))}  # one that is repeated counts once
+    for i in several.values():
+      first = i * made[i].count * SHARED
+      own = jax.tree.map(lambda x: x[first : first + len(made[i].texts)], arrays)
+      yield made[i].texts, own
+      bar.advance(len(made[i].texts))
+
+  together = devices.devices.size == jax.device_count()
+  for made in units(sizes, longest, devices.devices.size):
+    if together and mesh.asked_to_stop():  # else hosts do not come here equally often
+      raise Interrupted(bar.label, signal.SIGTERM)
+    parts = []
+    for i in mesh.share(devices, len(made)):
+      unit, most = made[i], made[i].count * SHARED
+      layout = {"places": unit.places, "units": 1, "count": unit.count, "longest": unit.length}
+      rows = make(unit.texts.tolist(), unit.length, **layout)
+      starts = np.pad(np.asarray(rows.starts), (0, most - len(unit.texts)))
+      parts.append(dataclasses.replace(rows, starts=starts, unit=most))  # type: ignore[arg-type]
+    result = apply(mesh.shard(jax.tree.map(lambda *x: np.concatenate(x), *parts), devices))
+    if before is not None:
+      yield from finished(*before)
+    before = made, result
+  if before is not None:
+    yield from finished(*before)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "query", "late"))
@@ -88,73 +137,89 @@ def encode(
   *,
   query: bool,
   late: bool,
-  label: str,
+  progress: str | Progress,
+  devices: jax.sharding.Mesh | None = None,
 ) -> Encoded:
-  """Encodes the texts of a store as queries or as passages. Call under `jax.set_mesh(mesh.make())`."""
-  lengths = (template.query_sizes if query else template.passage_sizes)(store.lengths)
+  """Encodes the texts of a store as queries or as passages. Call under `jax.set_mesh(devices)`; by default all of them.
+
+  `progress` is a label, or the progress of a longer job.
+  """
+  devices = mesh.make() if devices is None else devices
+  sizes = (template.query_sizes if query else template.passage_sizes)(store.lengths)
   longest = template.data.query_length if query else template.data.passage_length
-  offsets = np.concatenate([[0], np.cumsum(lengths)])
+  offsets = np.concatenate([[0], np.cumsum(sizes)])
   vectors = np.zeros((len(store), student.encoder.architecture.width), np.float32)
-  width = model.late_width or student.encoder.architecture.width
-  tokens = np.zeros((offsets[-1] if late else 0, width), np.float16)
+  tokens = np.zeros((offsets[-1] if late else 0, scores.late_width(student)), np.float16)
 
-  def make(texts: list[int], length: int) -> Rows:
+  def make(texts: list[int], length: int, **layout: Any) -> Rows:
     if query:
-      return template.queries([template.query(store[i]) for i in texts], length)
-    return template.passages([template.passage(store[i]) for i in texts], length)
+      return template.queries([template.query(store[i]) for i in texts], length, **layout)
+    return template.passages([template.passage(store[i]) for i in texts], length, **layout)
 
-  held = mesh.whole(student, mesh.make())
+  held = mesh.whole(student, devices)
   apply = lambda rows: embed(held, rows, model, query, late)
-  for members, _, result in _each(label, lengths, longest, make, apply):
-    vectors[members] = result[0]
-    if late:
-      for i, row in zip(members, result[1]):
-        tokens[offsets[i] : offsets[i + 1]] = row[: lengths[i]]
+  with (
+    Progress(progress, len(store), "texts") if isinstance(progress, str) else contextlib.nullcontext(progress) as bar
+  ):
+    for texts, result in _each(sizes, longest, make, apply, bar, devices):
+      vectors[texts] = result[0]
+      if late:
+        there = np.arange(result[1].shape[1]) < sizes[texts, None]
+        tokens[ranges(offsets[texts], sizes[texts])] = result[1][there]
   return Encoded(vectors, tokens, offsets)
 
 
-def top_k(queries: np.ndarray, passages: np.ndarray, k: int, block: int = 256) -> tuple[np.ndarray, np.ndarray]:
-  """Exact search: scores and passage rows [Q, k], best first; equal scores in the order of the passages."""
-  k = min(k, len(passages))
-  found, values = [], []
-  for start in range(0, len(queries), block):
-    s = queries[start : start + block] @ passages.T
-    order = np.argsort(-s, axis=1, kind="stable")[:, :k]
-    found.append(order)
-    values.append(np.take_along_axis(s, order, axis=1))
-  return np.concatenate(values), np.concatenate(found)
+Tokens = Callable[[np.ndarray], Ragged]  # passage rows [n], ascending -> their token vectors, [all tokens, D]
 
 
-@jax.jit
-def _maxsim(query: jax.Array, query_mask: jax.Array, passages: jax.Array, mask: jax.Array) -> jax.Array:
-  similarity = jnp.einsum("qd,kpd->kqp", query, passages, preferred_element_type=jnp.float32)
-  return scores.maxsim(similarity, jnp.broadcast_to(query_mask, similarity.shape[:2]), mask)
+def whole(encoded: Encoded) -> Ragged:
+  """The token vectors of all texts."""
+  return Ragged(encoded.tokens, encoded.offsets)
 
 
-def rerank_late(queries: Encoded, passages: Encoded, candidates: np.ndarray) -> np.ndarray:
-  """MaxSim of each query with its candidates (passage rows [Q, k]) -> scores [Q, k]."""
-  q_longest, p_longest = (int(np.diff(e.offsets).max()) for e in (queries, passages))
-  values = []
+def some(vectors: Ragged, rows: np.ndarray) -> Ragged:
+  """The token vectors of some texts."""
+  sizes = vectors.offsets[rows + 1] - vectors.offsets[rows]
+  return Ragged(vectors.values[ranges(vectors.offsets[rows], sizes)], np.concatenate([[0], np.cumsum(sizes)]))
 
-  def padded(e: Encoded, rows: Sequence[int], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    out = np.zeros((len(rows), longest, e.tokens.shape[1]), np.float32)
-    there = np.zeros((len(rows), longest), bool)
-    for i, row in enumerate(rows):
-      own = e.tokens[e.offsets[row] : e.offsets[row + 1]]
-      out[i, : len(own)], there[i, : len(own)] = own, True
-    return out, there
 
+def rerank_late(queries: Encoded, candidates: np.ndarray, tokens: Tokens, each: int) -> np.ndarray:
+  """MaxSim of each query with its candidates (passage rows [Q, k]) -> scores [Q, k]; -inf for row -1.
+
+  Token vectors are asked for once for as many queries as `MEMORY` allows, where a passage takes `each` bytes at most.
+  """
+  values = np.full(candidates.shape, -np.inf, np.float32)
+  begin = 0
   with Progress("re-rank (late interaction)", len(candidates), "queries") as bar:
-    for i, rows in enumerate(candidates):
-      (query,), (query_mask,) = padded(queries, [i], q_longest)
-      values.append(np.asarray(_maxsim(query, query_mask, *padded(passages, rows, p_longest))))
-      bar.advance(1)
-  return np.stack(values)
+    while begin < len(candidates):
+      count = len(candidates) - begin
+      while len(needed := np.unique(candidates[begin : begin + count])) * each > MEMORY and count > 1:
+        count = -(-count // 2)
+      needed = needed[needed >= 0]
+      held = tokens(needed)
+      for i in range(begin, begin + count):
+        there = candidates[i] >= 0
+        values[i, there] = maxsim(
+          queries.tokens[queries.offsets[i] : queries.offsets[i + 1]],
+          some(held, np.searchsorted(needed, candidates[i, there])),
+        )
+        bar.advance(1)
+      begin += count
+  return values
+
+
+def maxsim(query: np.ndarray, passages: Ragged) -> np.ndarray:
+  """[n] the sum over a query's token vectors [Lq, D] of the largest inner product with one of each passage's."""
+  if not len(passages):
+    return np.zeros(0, np.float32)
+  similarity = query.astype(np.float32) @ passages.values.astype(np.float32).T
+  return np.maximum.reduceat(similarity, passages.offsets[:-1], axis=1).sum(0)
 
 
 @jax.jit
 def _cross(params: scores.Params, rows: Rows) -> jax.Array:
-  return mesh.replicate(mesh.per_device(lambda params, rows: scores.cross(params, rows, None)[0], params, rows))
+  logits = lambda params, rows: scores.cross(params, rows, None, leads=True)[0]
+  return mesh.replicate(mesh.per_device(logits, params, rows))
 
 
 def rerank_cross(
@@ -164,22 +229,23 @@ def rerank_cross(
   candidates: np.ndarray,
   template: Template,
 ) -> np.ndarray:
-  """The cross-encoder's logit of each query with its candidates (passage rows [Q, k]) -> scores [Q, k]."""
-  where = np.repeat(np.arange(len(candidates)), candidates.shape[1])
-  flat = candidates.reshape(-1)
-  lengths = template.pair_sizes(queries.lengths[where], passages.lengths[flat])
-  values = np.zeros(len(flat), np.float32)
+  """The cross-encoder's logit of each query with its candidates (passage rows [Q, k]) -> [Q, k]; -inf for row -1."""
+  asked, place = np.nonzero(candidates >= 0)
+  rows = candidates[asked, place]
+  values = np.full(candidates.shape, -np.inf, np.float32)
+  sizes = template.pair_sizes(queries.lengths[asked], passages.lengths[rows])
 
-  def make(pairs: list[int], length: int) -> Rows:
-    asked = [template.query(queries[int(where[i])]) for i in pairs]
-    return template.pairs(asked, [template.passage(passages[int(flat[i])]) for i in pairs], length)
+  def make(pairs: list[int], length: int, **layout: Any) -> Rows:
+    read = [template.query(queries[int(asked[i])]) for i in pairs]
+    return template.pairs(read, [template.passage(passages[int(rows[i])]) for i in pairs], length, **layout)
 
-  held = mesh.whole(params, mesh.make())
+  devices = mesh.make()
+  held = mesh.whole(params, devices)
   apply = lambda rows: _cross(held, rows)
-  longest = template.data.pair_length
-  for members, _, result in _each("re-rank (cross-encoder)", lengths, longest, make, apply):
-    values[members] = result
-  return values.reshape(candidates.shape)
+  with Progress("re-rank (cross-encoder)", len(rows), "pairs") as bar:
+    for pairs, result in _each(sizes, template.data.pair_length, make, apply, bar, devices):
+      values[asked[pairs], place[pairs]] = result
+  return values
 
 
 def reorder(candidates: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -188,58 +254,25 @@ def reorder(candidates: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.
   return np.take_along_axis(values, order, axis=1), np.take_along_axis(candidates, order, axis=1)
 
 
-def mine(
-  queries: np.ndarray,
-  passages: np.ndarray,
-  positives: list[np.ndarray],
-  identity: np.ndarray,
-  settings: config.Mine,
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """Hard negatives of each query: passage rows and scores at ranks first..last among passages that may be negatives.
+def fuse(rankings: Sequence[tuple[np.ndarray, np.ndarray]], k: int, c: float = 60) -> tuple[np.ndarray, np.ndarray]:
+  """Reciprocal rank fusion (Cormack, Clarke, Buettcher 2009) of rankings (scores, passage rows), each [Q, any].
 
-  Known positives, and passages with the text of one, are left out before ranks are counted.
+  A passage's score is the sum of 1 / (c + rank) over the rankings that hold it, ranks from 1. A ranking's own scores
+  do not count, nor do rows of -1; it holds a passage once. Gives scores float64 and rows [Q, k], best first, equal
+  scores in the order of the passages; where fewer are found, score -inf and row -1 at the end, as `BM25.search` does.
   """
-  spare = max(len(p) for p in positives) + 8  # equal texts may take more places than there are positives
-  values, found = top_k(queries, passages, settings.last + spare)
-  rows, kept = [], []
-  for i, own in enumerate(positives):
-    allowed = ~np.isin(identity[found[i]], identity[own])
-    rows.append(found[i][allowed][settings.first - 1 : settings.last])
-    kept.append(values[i][allowed][settings.first - 1 : settings.last])
-  return rows, kept
-
-
-def load(path: Path) -> np.ndarray:
-  """An array of the run."""
-  try:
-    return np.load(path)
-  except (OSError, ValueError, EOFError) as error:
-    raise UserError(f"{path}: missing or damaged; delete {path.parent}, and the run makes it again") from error
-
-
-class Searcher:
-  """Dual-encoder search over the corpus of a finished run."""
-
-  def __init__(self, directory: Path):
-    if not (directory / "model" / "model.json").is_file():
-      raise UserError(f"{directory}: no finished run here (model/model.json is missing); `ernie-jax run` makes one")
-    self.params, self.model, self.about = checkpoints.load_model(directory / "model")
-    self.tokenizer = Tokenizer.load(directory / "model" / "tokenizer")
-    data = self.about["data"]
-    self.template = Template(self.tokenizer, config.Data(**(data | {"packages": tuple(data["packages"])})))
-    self.vectors = load(directory / self.about["corpus"])
-    path = directory / "prepare" / "corpus.jsonl"
-    try:
-      self.corpus = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
-      raise UserError(f"{path}: missing or damaged; delete {path.parent} and run the recipe again") from error
-    if len(self.corpus) != len(self.vectors):
-      raise UserError(f"{path}: {len(self.corpus)} passages, but {len(self.vectors)} vectors; run the recipe again")
-
-  def __call__(self, query: str, k: int = 10) -> list[tuple[float, dict[str, str]]]:
-    """The k best passages, best first: (score, {"id", "title", "text"})."""
-    store = in_memory([query], self.tokenizer)
-    rows = self.template.queries([self.template.query(store[0])], self.template.data.query_length)
-    vectors, *_ = embed(self.params["student"], rows, self.model, True, False)
-    values, found = top_k(np.asarray(vectors), self.vectors, k)
-    return [(float(value), self.corpus[row]) for value, row in zip(values[0], found[0])]
+  rows = np.concatenate([found for _, found in rankings], axis=1)
+  ranks = np.concatenate([np.arange(found.shape[1]) for _, found in rankings]) + 1
+  # A passage's places side by side, by rank: sums of the same ranks are equal, whichever rankings they are from.
+  order = np.lexsort((np.broadcast_to(ranks, rows.shape), rows))
+  rows, parts = np.take_along_axis(rows, order, axis=1), 1 / (c + ranks[order])
+  sums = parts.copy()
+  for step in range(1, len(rankings)):
+    sums[:, :-step] += np.where(rows[:, step:] == rows[:, :-step], parts[:, step:], 0)
+  nothing = rows < 0
+  nothing[:, 1:] |= rows[:, 1:] == rows[:, :-1]  # the sum stands at a passage's first place
+  missing = ((0, 0), (0, max(0, k - rows.shape[1])))
+  sums = np.pad(np.where(nothing, -np.inf, sums), missing, constant_values=-np.inf)
+  rows = np.pad(np.where(nothing, -1, rows), missing, constant_values=-1)
+  order = np.argsort(-sums, axis=1, kind="stable")[:, :k]
+  return np.take_along_axis(sums, order, axis=1), np.take_along_axis(rows, order, axis=1)

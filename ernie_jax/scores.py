@@ -114,8 +114,11 @@ def embed(
     if noise is not None:
       texts = jnp.concatenate([noise.texts * copies + i for i in range(copies)])
       numbers = Noise(noise.seeds, texts, jnp.zeros_like(texts))
-  hidden, _ = encoder(several, numbers)
-  if model.pooling == "mean":
+  alone = model.pooling == "cls" and not late and noise is None
+  hidden, _ = encoder(several, numbers, leads=alone)
+  if alone:
+    vector = hidden[:, 0].astype(jnp.float32)
+  elif model.pooling == "mean":
     read = (owned(several) > 0)[..., None]
     vector = jnp.where(read, by_text(hidden, several).astype(jnp.float32), 0).sum(1) / read.sum(1)
   else:
@@ -131,21 +134,29 @@ def embed(
   return Embeddings(vectors[0], mask, mask & ~jnp.isin(by_text(rows.tokens, rows), special), tokens, twin)
 
 
+def late_width(student: Student) -> int:
+  """D: how wide a token vector is."""
+  return student.encoder.architecture.width if student.projection is None else student.projection.out_features
+
+
 def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
   """x / |x|, with a finite gradient at 0."""
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def cross(params: Params, rows: Rows, noise: Noise | None) -> tuple[Float[Array, "t"], Float[Array, "n l l"]]:
+def cross(
+  params: Params, rows: Rows, noise: Noise | None, *, leads: bool = False
+) -> tuple[Float[Array, "t"], Float[Array, "n reading l"]]:
   """The cross-encoder's logit of each joined pair, and its last layer's attention in the rows, averaged over heads.
 
-  Noise brings one place more than the encoder's, for the head.
+  Noise brings one place more than the encoder's, for the head. With `leads` (and no noise) the attention is that of the
+  first tokens alone.
   """
   teacher: Teacher = params["teacher"]
   encoder = params["student"].encoder if teacher.encoder is None else teacher.encoder
   inner, outer = (None, None) if noise is None else (noise.at(noise.seeds[:-1]), noise.at(noise.seeds[-1, 0]))
-  hidden, attention = encoder(rows, inner)
-  one = first(hidden, rows).astype(jnp.float32)
+  hidden, attention = encoder(rows, inner, leads=leads)
+  one = (hidden[:, 0] if leads and noise is None else first(hidden, rows)).astype(jnp.float32)
   if teacher.pooler is not None:
     one = jnp.tanh(teacher.pooler(one))
   return teacher.head(drop(one, encoder.architecture.dropout, outer))[:, 0], attention.mean(1)

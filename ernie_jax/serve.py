@@ -301,7 +301,7 @@ def listen(host: str, port: int) -> socket.socket:
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return socket.create_server(address[:2], family=family)
   except (OSError, UnicodeError) as problem:
-    why = getattr(problem, "strerror", None) or problem
+    why = str(getattr(problem, "strerror", None) or problem).partition(" (while")[0]  # the address stands here already
     raise UserError(f"--host {host} --port {port}: {why}; choose another, --port 0 takes a free one") from problem
 
 

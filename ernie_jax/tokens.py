@@ -121,8 +121,10 @@ class Tokenizer:
 
 
 def digest(tokenizer: Tokenizer) -> str:
-  """16 hex digits of everything that a tokenizer does."""
-  return hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()[:16]
+  """16 hex digits of everything that a tokenizer does here, the same before and after it was saved."""
+  settings = json.loads(tokenizer.backend.to_str())
+  settings.pop("post_processor")  # which adds special tokens: loaders set it, and it is not used
+  return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
 def in_memory(texts: Sequence[str], tokenizer: Tokenizer) -> Ragged:

@@ -11,7 +11,6 @@ import runpy
 import shlex
 import signal
 import sys
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -23,6 +22,8 @@ from ernie_jax.signals import SIGNALS
 
 if TYPE_CHECKING:
   import numpy as np
+
+  from ernie_jax.search import Hit
 
 T = TypeVar("T")
 
@@ -77,6 +78,17 @@ class Prepare:
   cache: str = Data.cache  # prepared data sets, shared by all runs
   query_length: int = Data.query_length  # tokens, special ones included
   passage_length: int = Data.passage_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+  """Measures runs against relevance judgements, and compares each run with the first."""
+
+  qrels: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="QRELS")]  # the judgements: lines `qid 0 pid rel`
+  # what systems found: lines `qid Q0 pid rank score tag`
+  runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
+  measures: tuple[str, ...] = ("MRR@10", "R@5", "R@20", "R@50", "R@100", "R@1000", "nDCG@10")  # ir_measures' names
+  per_query: str = ""  # a file for the measures of each query, tab-separated; with -, they are all that is printed
 
 
 def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) -> T:
@@ -211,16 +223,60 @@ def search(args: Sequence[str]) -> None:
   chosen = parse(Search, "search", args)
   if chosen.k < 1:
     raise UserError(f"--k {chosen.k}: must be at least 1")
-  from ernie_jax import retrieval
+  from ernie_jax.search import Searcher
 
-  searcher = retrieval.Searcher(chosen.run)
+  searcher = Searcher(chosen.run)
   if chosen.query is not None:
-    show(searcher(chosen.query, chosen.k))
+    show(searcher.search([chosen.query], chosen.k)[0])
     return
-  print(f"{len(searcher.corpus)} passages; an empty line ends")
+  print(f"{searcher.about['passages']} passages; an empty line ends")
   with contextlib.suppress(EOFError):
     while query := input("query> ").strip():
-      show(searcher(query, chosen.k))
+      show(searcher.search([query], chosen.k)[0])
+
+
+def evaluate(args: Sequence[str]) -> None:
+  chosen = parse(Evaluate, "evaluate", args)
+  if not chosen.runs:
+    raise UserError(f"evaluate {chosen.qrels}: name a run to measure: `ernie-jax evaluate QRELS RUN [RUN ...]`")
+  from ernie_jax import config, progress
+  from ernie_jax import evaluate as measuring
+
+  measuring.parsed(chosen.measures)  # now, not after files of millions of lines
+  qrels = measuring.read_qrels(chosen.qrels)
+  found = {}
+  for path in chosen.runs:
+    run = measuring.read_run(path)
+    both = len(run.keys() & qrels.keys())
+    if not both:
+      raise UserError(f"{path}: none of its {len(run):,} queries is judged in {chosen.qrels}; give this run's qrels")
+    if both < len(qrels):
+      progress.say(f"{path}: lacks {len(qrels) - both:,} of {len(qrels):,} judged queries, they count 0")
+    if both < len(run):
+      progress.say(f"{path}: {len(run) - both:,} of {len(run):,} queries are not judged, they do not count")
+    name = path.name if [p.name for p in chosen.runs].count(path.name) == 1 else str(path)
+    found[name] = measuring.values(run, qrels, chosen.measures)
+    del run  # it may take a gigabyte: one at a time
+  if chosen.per_query:
+    lines = ["\t".join(["query", "run", *chosen.measures])]
+    lines += [
+      "\t".join([query, name, *(repr(own[query]) for own in values.values())])
+      for query in qrels
+      for name, values in found.items()
+    ]
+    if chosen.per_query == "-":
+      print("\n".join(lines))
+      return
+    config.write(Path(chosen.per_query), "\n".join(lines) + "\n")
+  means = [[name, *(f"{measuring.mean(own):.4f}" for own in values.values())] for name, values in found.items()]
+  print(measuring.aligned([["", *chosen.measures], *means]))
+  (first, base), *others = found.items()
+  for name, values in others:
+    rows = [[f"{name} - {first}", "difference", "95 % from", "to", "p"]]
+    for measure, own in values.items():
+      interval = (f"{x:+.4f}" for x in measuring.bootstrap(own, base[measure]))
+      rows.append([measure, *interval, f"{measuring.p_value(own, base[measure]):.4f}"])
+    print(f"\n{measuring.aligned(rows)}")
 
 
 def plan(args: Sequence[str]) -> None:
@@ -254,10 +310,9 @@ def serve(args: Sequence[str]) -> None:
     service.server(api).run([own])
 
 
-def show(results: list[tuple[float, dict[str, str]]]) -> None:
-  for rank, (score, passage) in enumerate(results, 1):
-    snippet = textwrap.shorten(passage["text"], 160, placeholder=" ...")
-    print(f"{rank:3d}  {score:6.3f}  {passage['title']}\n             {snippet}")
+def show(hits: list[Hit]) -> None:
+  for rank, hit in enumerate(hits, 1):
+    print(f"{rank:3d}  {hit.score:6.3f}  {hit.title}\n             {shorten(hit.text, 160)}")
 
 
-VERBS = {"run": run, "search": search, "data": data, "plan": plan, "serve": serve}
+VERBS = {"run": run, "search": search, "evaluate": evaluate, "serve": serve, "data": data, "plan": plan}

@@ -1,15 +1,21 @@
-"""Measures against closed forms and ir_measures, files against damage, BM25 against what it must find."""
+"""Measures against closed forms and ir_measures, files against damage."""
 
 import contextlib
+import itertools
 import math
+import operator
 import os
 import random
+from pathlib import Path
 
 import ir_measures
 import numpy as np
 import pytest
+import pytrec_eval
+import scipy.stats
 
 from ernie_jax import config, evaluate
+from ernie_jax.__main__ import main
 from ernie_jax.config import UserError
 
 
@@ -58,14 +64,56 @@ def test_a_missing_query_counts_zero_and_an_unjudged_one_not_at_all():
   assert set(evaluate.metrics({}, qrels).values()) == {0}
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_equals_ir_measures_with_ties(seed):
-  run, qrels = random_run(seed)
-  mine = evaluate.metrics(run, qrels)
-  # trec_eval's reciprocal rank has no cut-off; these runs end at rank 10.
-  names = {"MRR@10": "RR", "R@20": "R@20", "nDCG@10": "nDCG@10", "R@100": "R@100"}
-  theirs = ir_measures.calc_aggregate([ir_measures.parse_measure(x) for x in names.values()], qrels, run)
-  assert mine == pytest.approx({name: theirs[ir_measures.parse_measure(x)] for name, x in names.items()})
+CUTOFFS = (5, 20, 50, 100, 1000)
+EVERY = ("MRR@10", *(f"R@{k}" for k in CUTOFFS), "nDCG@10")
+
+
+def uneven_run(seed):
+  """Ties, relevance from -1 to 3, lists of all lengths, queries that only one side has, ids beyond ASCII."""
+  rng = random.Random(seed)
+  ids = [f"{rng.choice('aZ9é中')}{i}" for i in range(150)]
+  depth = rng.choice((3, 9, 30, 120))
+  run, qrels = {}, {}
+  for i in range(12):
+    if rng.random() < 0.8:
+      run[f"q{i}"] = {p: rng.randrange(-3, 4) / 4 for p in rng.sample(ids, rng.randint(1, depth))}
+    if rng.random() < 0.8 or not qrels:
+      qrels[f"q{i}"] = {p: rng.choice((-1, 0, 0, 1, 1, 2, 3)) for p in rng.sample(ids, rng.randint(1, 60))}
+  return run, qrels
+
+
+def trec_eval(run, qrels):
+  """{measure of `EVERY`: {query: value}} by trec_eval's own code, on the scores as they are."""
+  recall = "recall." + ",".join(map(str, CUTOFFS))
+  found = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank", "ndcg_cut.10", recall}).evaluate(run)
+  value = lambda qid, name: found.get(qid, {}).get(name, 0.0)
+  result = {f"R@{k}": {qid: value(qid, f"recall_{k}") for qid in qrels} for k in CUTOFFS}
+  # trec_eval's reciprocal rank has no cut-off
+  first = {qid: value(qid, "recip_rank") for qid in qrels}
+  result["MRR@10"] = {qid: rr if rr > 1 / 10.5 else 0.0 for qid, rr in first.items()}
+  return result | {"nDCG@10": {qid: value(qid, "ndcg_cut_10") for qid in qrels}}
+
+
+@pytest.mark.parametrize("hundred", range(3))
+def test_equals_trec_eval(hundred):
+  """Equal scores by passage id, descending; the mean is over all judged queries."""
+  for seed in range(100):
+    run, qrels = uneven_run(1000 * hundred + seed)
+    mine, theirs = evaluate.values(run, qrels, EVERY), trec_eval(run, qrels)
+    assert list(mine) == list(EVERY)
+    for measure, values in mine.items():
+      assert list(values) == list(qrels)
+      assert values == pytest.approx(theirs[measure], abs=1e-6), (seed, measure)
+
+
+def test_equals_ir_measures_with_ties():
+  names = ("RR", "AP", "P@5", *EVERY[1:])
+  for seed in range(100):
+    run, qrels = uneven_run(seed)
+    mine = evaluate.values(run, qrels, names)
+    theirs = ir_measures.pytrec_eval.calc_aggregate([ir_measures.parse_measure(x) for x in names], qrels, run)
+    for name in names:
+      assert evaluate.mean(mine[name]) == pytest.approx(theirs[ir_measures.parse_measure(name)], abs=1e-6), (seed, name)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -99,9 +147,18 @@ def test_bad_measure_input():
     evaluate.metrics({"q": {"x": 1.0}}, {})
   with pytest.raises(UserError, match="NaN"):
     evaluate.metrics({"q": {"x": math.nan}}, {"q": {"x": 1}})
-  for name in ("speed", "MRR@x", ""):
-    with pytest.raises(UserError, match="not known"):
+  for name in ("speed", "MRR@x", "", "P", "P@0", "nDCG@-3", "R@1.5", "P(level=2)@3"):  # at P@0 trec_eval aborts
+    with pytest.raises(UserError, match=r"measure .* is not known"):
       evaluate.per_query({}, {"q": {"x": 1}}, name)
+  with pytest.raises(UserError, match="no measure"):
+    evaluate.values({}, {"q": {"x": 1}}, ())
+  with pytest.raises(UserError, match="alpha_nDCG@5: cannot be measured here"):
+    evaluate.per_query({"q": {"x": 1.0}}, {"q": {"x": 1}}, "alpha_nDCG@5")
+
+
+def test_two_names_of_one_measure():
+  found = evaluate.values({"q": {"x": 1.0}}, {"q": {"x": 1}, "r": {"x": 1}}, ("RR@10", "MRR@10"))
+  assert found == {"RR@10": {"q": 1, "r": 0}, "MRR@10": {"q": 1, "r": 0}}
 
 
 # Files
@@ -249,10 +306,44 @@ def test_bootstrap_approaches_the_normal_interval():
   assert evaluate.bootstrap(a, b, seed=1, samples=4000) != (difference, low, high)
 
 
-def test_bootstrap_needs_pairs():
-  for a, b in (({}, {}), ({"q": 1.0}, {"r": 1.0})):
-    with pytest.raises(ValueError, match="same queries"):
-      evaluate.bootstrap(a, b)
+def test_a_comparison_needs_pairs():
+  for compare in (evaluate.bootstrap, evaluate.p_value):
+    for a, b in (({}, {}), ({"q": 1.0}, {"r": 1.0})):
+      with pytest.raises(ValueError, match="same queries"):
+        compare(a, b)
+
+
+# Significance
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_p_is_the_share_of_signs_with_as_large_a_difference(seed):
+  """All 2^n ways, by hand: reciprocal ranks, so many of them are tied with what was seen."""
+  rng = random.Random(seed)
+  draw = lambda: {str(i): rng.choice((0, 1 / 3, 1 / 2, 1)) for i in range(10)}
+  a, b = draw(), draw()
+  differences = [a[qid] - b[qid] for qid in a]
+  seen = abs(sum(differences)) - 1e-9
+  ways = list(itertools.product((1, -1), repeat=10))
+  expected = sum(abs(sum(map(operator.mul, way, differences))) >= seen for way in ways) / len(ways)
+  assert evaluate.p_value(a, b) == pytest.approx(expected)
+  assert evaluate.p_value(b, a) == pytest.approx(expected)
+
+
+def test_p_approaches_the_t_test_s():
+  rng = np.random.default_rng(3)
+  for shift in (0.0, 0.04, 0.06, 0.08):
+    values = rng.normal(shift, 1, 2000)
+    a, b = {str(i): float(x) for i, x in enumerate(values)}, {str(i): 0.0 for i in range(len(values))}
+    expected = scipy.stats.ttest_1samp(values, 0).pvalue
+    assert evaluate.p_value(a, b) == pytest.approx(expected, abs=4 * math.sqrt(expected / 10_000) + 2e-4)
+  assert evaluate.p_value(a, b, samples=500) == evaluate.p_value(a, b, samples=500)
+
+
+def test_p_of_no_difference_is_one():
+  a = {f"q{i}": i / 8 for i in range(8)}
+  assert evaluate.p_value(a, a) == 1
+  assert evaluate.p_value({"q": 1.0}, {"q": 0.0}) == 1  # either sign is as likely, and as large
 
 
 # Table
@@ -268,63 +359,99 @@ def test_table():
   ]
 
 
-# BM25
+# The verb
 
 
-def test_words():
-  split = lambda text: set(evaluate.words(text))
-  assert split("numpy.linalg.lstsqSolver_x") == {
-    "numpy", "linalg", "lstsq", "solver", "x", "lstsqsolver_x"
-  }  # fmt: skip
-  assert split("parse HTTPServer") == {"parse", "http", "server", "httpserver"}
-  assert evaluate.words("__init__ float32, Plain") == ["init", "float32", "plain"]
-  assert evaluate.words("... __") == []
-  assert evaluate.words("战国无双3的 numpy，我") == ["战国", "国无", "无双", "3", "的", "numpy", "我"]
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+  """`qrels`, `a.trec` and `b.trec` in the present folder: the second has fewer queries, and strangers."""
+  monkeypatch.chdir(tmp_path)
+  run, qrels = random_run(3, queries=30)
+  other, _ = random_run(4, queries=30)
+  other = {(qid if int(qid[1:]) < 20 else f"x{qid}"): scores for qid, scores in other.items()}
+  evaluate.write_qrels(qrels, "qrels")
+  evaluate.write_run(run, "a.trec", "a")
+  evaluate.write_run(other, "b.trec", "b")
+  return qrels, {"a.trec": run, "b.trec": other}
 
 
-PASSAGES = [
-  "numpy.linalg.lstsqSolver_x: least squares by singular values of the matrix",
-  "json.dumps: a string made of the object, with indented lines",
-  "os.path.joinAll: one path from several parts of a path",
-  "",
-  "the of and",
-]
-IDS = list("abcde")
+def test_the_table_holds_trec_eval_s_means(files, capsys):
+  qrels, runs = files
+  assert main(["evaluate", "qrels", "a.trec", "b.trec"]) == 0
+  printed = capsys.readouterr()
+  head, *rows = [line.split() for line in printed.out.split("\n\n")[0].splitlines()]
+  assert head == list(EVERY)
+  assert [row[0] for row in rows] == ["a.trec", "b.trec"]
+  for name, *cells in rows:
+    means = [sum(own.values()) / len(qrels) for own in map(trec_eval(runs[name], qrels).get, EVERY)]
+    assert [float(cell) for cell in cells] == pytest.approx(means, abs=5.1e-5)
+  assert printed.err.splitlines() == [
+    "b.trec: lacks 10 of 30 judged queries, they count 0",
+    "b.trec: 10 of 30 queries are not judged, they do not count",
+  ]
 
 
-def test_bm25_finds_the_exact_passage():
-  run = evaluate.bm25(PASSAGES, IDS, dict(zip("abc", PASSAGES)), depth=5)
-  assert [evaluate.ranked(run[qid])[0] for qid in "abc"] == list("abc")
+def test_each_run_is_compared_with_the_first(files, capsys):
+  qrels, runs = files
+  assert main(["evaluate", "qrels", "a.trec", "b.trec", "a.trec", "--measures", "MRR@10", "nDCG@10"]) == 0
+  _, *blocks = capsys.readouterr().out.rstrip().split("\n\n")
+  ((head, *rows),) = [[line.split() for line in block.splitlines()] for block in blocks]
+  assert head[:3] == ["b.trec", "-", "a.trec"]
+  for name, *cells in rows:
+    b, a = (evaluate.per_query(runs[run], qrels, name) for run in ("b.trec", "a.trec"))
+    expected = [*evaluate.bootstrap(b, a), evaluate.p_value(b, a)]
+    assert [float(cell) for cell in cells] == pytest.approx(expected, abs=5.1e-5)
+  assert [row[0] for row in rows] == ["MRR@10", "nDCG@10"]
+
+
+def test_values_of_each_query(files, capsys):
+  qrels, runs = files
+  asked = ["evaluate", "qrels", "a.trec", "b.trec", "--measures", *EVERY, "--per-query"]
+  assert main([*asked, "-"]) == 0
+  printed = capsys.readouterr().out
+  assert main([*asked, "values.tsv"]) == 0
+  assert Path("values.tsv").read_text() == printed
+  head, *rows = [line.split("\t") for line in printed.splitlines()]
+  assert head == ["query", "run", *EVERY]
+  assert [row[:2] for row in rows] == [[qid, name] for qid in qrels for name in runs]
+  expected = {name: trec_eval(run, qrels) for name, run in runs.items()}
+  for qid, name, *cells in rows:
+    assert [float(cell) for cell in cells] == pytest.approx([expected[name][m][qid] for m in EVERY], abs=1e-6)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(files, tmp_path, capsys):
+  (tmp_path / "c").mkdir()
+  (tmp_path / "c" / "a.trec").write_text("q1 Q0 p1 1 1.0 c\n")
+  assert main(["evaluate", "qrels", "a.trec", "c/a.trec", "b.trec", "--measures", "R@5"]) == 0
+  rows = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
+  assert [row.split()[0] for row in rows] == ["a.trec", "c/a.trec", "b.trec"]
 
 
 @pytest.mark.parametrize(
-  ("query", "best"),
-  [("solver", "a"), ("lstsqsolver_x", "a"), ("SOLVERS", "a"), ("indenting an objects", "b"), ("join", "c")],
+  ("args", "says"),
+  [
+    (["qrels"], "evaluate qrels: name a run to measure"),
+    (["qrels", "strange.trec"], "strange.trec: none of its 1 queries is judged in qrels"),
+    (["qrels", "twice.trec"], "twice.trec:2: passage 'p' is given twice to query 'q1'"),
+    (["twice.qrels", "a.trec"], "twice.qrels:3: passage 'p' is given twice to query 'q1'"),
+    (["qrels", "a.trec", "nowhere"], "nowhere: cannot be read"),
+    (["qrels", "qrels"], "qrels:1: 4 columns, expected 6"),
+    ([".", "a.trec"], ".: cannot be read"),
+    (["qrels", "nowhere", "--measures", "P@0"], "measure 'P@0' is not known"),  # said before files are read
+    (["qrels", "a.trec", "--measures"], "no measure is named"),
+    (["qrels", "a.trec", "--per-query", "nowhere/values.tsv"], "nowhere/values.tsv: cannot be written"),
+  ],
 )
-def test_bm25_splits_identifiers_and_stems(query, best):
-  assert list(evaluate.bm25(PASSAGES, IDS, {"q": query}, depth=3)["q"]) == [best]
-
-
-def test_bm25_edges(capfd):
-  queries = {"nothing": "the", "unknown": "zebra", "empty": "", "known": "path"}
-  run = evaluate.bm25(PASSAGES, IDS, queries, depth=100)
-  assert {qid: list(scores) for qid, scores in run.items()} == {
-    "nothing": [], "unknown": [], "empty": [], "known": ["c"]
-  }  # fmt: skip
-  assert evaluate.bm25(PASSAGES, IDS, {}, depth=3) == {}
-  assert evaluate.bm25([], [], {"q": "path"}, depth=3) == {"q": {}}
-  assert evaluate.bm25(["the", ""], ["a", "b"], {"q": "path"}, depth=3) == {"q": {}}
-  assert len(evaluate.bm25(["path"] * 5, IDS, {"q": "path"}, depth=2)["q"]) == 2
-  assert capfd.readouterr() == ("", "")  # no progress bars
-  with pytest.raises(ValueError, match="different ids"):
-    evaluate.bm25(["x", "y"], ["a", "a"], {}, depth=3)
-  with pytest.raises(ValueError, match="depth=0"):
-    evaluate.bm25(["x"], ["a"], {}, depth=0)
-
-
-def test_bm25_score_is_the_formula():
-  """Lucene's form: idf * tf / (tf + k1 (1 - b + b length / mean length))."""
-  passages = ["red red blue", "blue", "green green green green"]
-  run = evaluate.bm25(passages, list("abc"), {"q": "red"}, depth=3)
-  idf = math.log(1 + (3 - 1 + 0.5) / (1 + 0.5))
-  assert run["q"] == pytest.approx({"a": idf * 2 / (2 + 1.5 * (0.25 + 0.75 * 3 / (8 / 3)))})
+def test_a_mistake_is_one_line_and_writes_nothing(args, says, files, tmp_path, capsys):
+  (tmp_path / "strange.trec").write_text("other Q0 p 1 1.0 tag\n")
+  (tmp_path / "twice.trec").write_text("q1 Q0 p 1 1.0 tag\nq1 Q0 p 2 0.5 tag\n")
+  (tmp_path / "twice.qrels").write_text("q1 0 p 1\nq2 0 p 1\nq1 0 p 0\n")
+  before = sorted(os.listdir())
+  extra = [] if "--per-query" in args else ["--per-query", "values.tsv"]
+  assert main(["evaluate", *args, *extra]) == 2
+  printed = capsys.readouterr()
+  assert printed.out == ""
+  assert printed.err.startswith("ernie-jax: ")
+  assert says in printed.err
+  assert printed.err.count("\n") == 1
+  assert sorted(os.listdir()) == before

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ernie_jax import columns, evaluate, recipe, retrieval
+from ernie_jax import collection, columns, evaluate, recipe
 from ernie_jax.__main__ import main
+from ernie_jax.search import Searcher
 
 ROOT = Path(__file__).parent.parent
 
@@ -103,9 +104,8 @@ def test_mined_negatives_are_no_positives(whole):
   directory, _ = whole
   mined = evaluate.read_run(directory / "mine" / "negatives.trec")
   qrels = evaluate.read_qrels(directory / "prepare" / "qrels.train.trec")
-  text = {
-    p["id"]: p["text"] for p in map(json.loads, (directory / "prepare" / "corpus.jsonl").read_text().splitlines())
-  }
+  passages = collection.load(directory / "mine").passages
+  text = dict(zip(passages.ids, passages.texts))
   assert set(mined) == set(qrels)
   for query, passages in mined.items():
     known = {text[passage] for passage in qrels[query]}
@@ -135,13 +135,12 @@ def test_negatives_come_from_where_the_configuration_says(tmp_path, use, expecte
 
 def test_search_finds_a_passage_by_its_own_words(whole, capsys):
   directory, _ = whole
-  searcher = retrieval.Searcher(directory)
-  hits = 0
-  for row in range(0, len(searcher.corpus), 100):
-    passage = searcher.corpus[row]
-    query = f"{passage['title']}: {passage['text']}"
-    hits += passage["id"] in [found["id"] for _, found in searcher(query)]
-  assert hits > len(searcher.corpus) / 200
+  searcher = Searcher(directory)
+  count = len(searcher.corpus.vectors)
+  rows = range(0, count, 100)
+  queries = [columns.passage(hit.title, hit.text) for hit in (searcher.hit(row, 0) for row in rows)]
+  hits = sum(row in [hit.row for hit in found] for row, found in zip(rows, searcher.search(queries, 10)))
+  assert hits > count / 200
   assert main(["search", str(directory), "sort a list", "--k", "3"]) == 0
   printed = capsys.readouterr().out.splitlines()
   assert len([line for line in printed if line.strip()[0] in "123"]) >= 3
@@ -156,9 +155,9 @@ def test_search_equals_the_run_file(whole):
     recipe.checkpoints.config.Data(packages=("python",), cache=str(directory.parent / "cache"))
   )
   test = queries.queries["test"]
-  searcher = retrieval.Searcher(directory)
-  for name, text in list(zip(test.ids, test.texts))[:5]:
-    found = {passage["id"]: score for score, passage in searcher(text, 10)}
+  searcher = Searcher(directory)
+  for name, hits in zip(test.ids[:5], searcher.search(test.texts[:5], 10)):
+    found = {hit.id: hit.score for hit in hits}
     np.testing.assert_allclose(list(found.values()), [run[name][p] for p in found], atol=1e-4)
 
 
@@ -241,13 +240,13 @@ def test_a_run_that_began_with_other_weights_is_not_continued(whole, capsys):
 
 
 @pytest.mark.parametrize(
-  "name", ["model/model.json", "model/model.safetensors", "mine/vectors.npy", "prepare/corpus.jsonl"]
+  "name", ["model/model.json", "model/model.safetensors", "vectors/00000.npy", "prepare/passages/texts/values.bin"]
 )
 def test_search_names_a_damaged_file(whole, name, capsys):
   directory, _ = whole
   path = directory / name
-  if name == "mine/vectors.npy":
-    path = directory / recipe.checkpoints.load_model(directory / "model")[2]["corpus"]
+  if name == "vectors/00000.npy":
+    path = directory / recipe.checkpoints.load_model(directory / "model")[2]["corpus"] / name
   raw = path.read_bytes()
   try:
     path.write_bytes(raw[: len(raw) // 2])
@@ -255,5 +254,5 @@ def test_search_names_a_damaged_file(whole, name, capsys):
   finally:
     path.write_bytes(raw)
   message = capsys.readouterr().err
-  assert path.name in message
+  assert path.parent.name in message
   assert message.count("\n") == 1

@@ -22,10 +22,10 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from ernie_jax.search import Searcher
 
-from ernie_jax import checkpoints, config, mesh, retrieval, serve, step, templates, tokens
+from ernie_jax import checkpoints, collection, columns, config, serve, step, templates, tokens
 from ernie_jax.__main__ import main
+from ernie_jax.search import Searcher
 
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
@@ -76,32 +76,21 @@ def folder(tmp_path_factory):
   corpus = [{"id": f"p{i}", "title": f"{words[i % 12]}.Name{i}", "text": text()} for i in range(40)]
   corpus[7] = {"id": "p7", "title": HOSTILE, "text": f"hostile thread {HOSTILE}"}
   corpus[8] = {"id": "p8", "title": "", "text": "thread without a title, and a \0, a \ud7ff, Ünïcode and 中文"}
+  texts = [columns.passage(row["title"], row["text"]) for row in corpus]
   data = config.Data(name="jsonl", folder="in", query_length=12, passage_length=24)
-  texts = [f"{row['title']}: {row['text']}" if row["title"] else row["text"] for row in corpus]
   tokenizer = tokens.Tokenizer.train(texts, 200)
   shape = config.Architecture(
     vocabulary=len(tokenizer), width=16, layers=1, heads=2, inner=32, positions=64, special=tokenizer.special
   )
   model = config.Model(scratch=shape, late_width=8)
   params = step.init_params(model, shape, shape, jax.random.key(0))
-  store = tokens.in_memory(texts, tokenizer)
-  with jax.set_mesh(mesh.make()):
-    encoded = retrieval.encode(
-      params["student"], model, store, templates.Template(tokenizer, data), query=False, late=True, label="corpus"
-    )
-  for name in ("prepare", "mine"):
-    (directory / name).mkdir()
-  (directory / "prepare" / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
-  for name in ("vectors", "tokens", "offsets"):
-    np.save(directory / "mine" / f"{name}.npy", getattr(encoded, name))
-  about = {
-    "student": "interaction",
-    "corpus": "mine/vectors.npy",
-    "data": dataclasses.asdict(data),
-    "fingerprint": "0f" * 8,
-  }
+  about = {"student": "interaction", "corpus": "encode", "fingerprint": "0f" * 8, "data": dataclasses.asdict(data)}
   checkpoints.save_model(directory / "model", params, model, about)
   tokenizer.save(directory / "model" / "tokenizer")
+  passages = SimpleNamespace(**{f"{name}s": [row[name] for row in corpus] for name in ("id", "title", "text")})
+  collection.write_passages(directory, passages, "0f" * 8)
+  store, template = columns.ragged(tokenizer.encode(texts)), templates.Template(tokenizer, data)
+  collection.write(directory / "encode", params["student"], model, store, template, "..", "0f" * 8, late="16")
   return directory
 
 

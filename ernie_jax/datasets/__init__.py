@@ -74,8 +74,7 @@ def _text(row: dict[str, Any]) -> str:
 
 
 def _passage(row: dict[str, Any]) -> str:
-  title, text = _title(row), _text(row)
-  return f"{title}: {text}" if title else text
+  return columns.passage(_title(row), _text(row))
 
 
 @dataclasses.dataclass(frozen=True)

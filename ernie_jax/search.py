@@ -1,0 +1,202 @@
+"""Search: an encoded corpus and its model, and the rankings that they give, with hits as people read them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+import jax
+import numpy as np
+
+from ernie_jax import checkpoints, collection, columns, config, mesh, retrieval, topk
+from ernie_jax.bm25 import BM25
+from ernie_jax.collection import Collection
+from ernie_jax.columns import Ragged
+from ernie_jax.config import UserError
+from ernie_jax.templates import Template
+from ernie_jax.tokens import Tokenizer
+
+How = Literal["bm25", "dual", "late", "cross", "hybrid"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A trained model, for use."""
+
+  params: checkpoints.Params
+  settings: config.Model
+  template: Template
+  digest: str  # of all that decides a vector
+  about: dict
+
+  @classmethod
+  def load(cls, directory: Path) -> Model:
+    """From a run's folder, or its folder `model/`."""
+    place = directory / "model" if (directory / "model" / "model.json").is_file() else directory
+    if not (place / "model.json").is_file():
+      raise UserError(f"{directory}: no finished run here (model/model.json is missing); `ernie-jax run` makes one")
+    params, settings, about = checkpoints.load_model(place)
+    data = about["data"]
+    template = Template(
+      Tokenizer.load(place / "tokenizer"), config.Data(**(data | {"packages": tuple(data["packages"])}))
+    )
+    return cls(params, settings, template, collection.fingerprint(params["student"], settings, template), about)
+
+  def encode(self, store: Ragged, *, query: bool, late: bool) -> retrieval.Encoded:
+    what = "encode queries" if query else "encode passages"
+    with jax.set_mesh(mesh.make()):
+      return retrieval.encode(
+        self.params["student"], self.settings, store, self.template, query=query, late=late, progress=what
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hit:
+  """A passage that was found, by its row in the corpus."""
+
+  row: int
+  score: float
+  id: str
+  title: str
+  text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Matches:
+  """What late interaction sees: the tokens of a query and of a passage, and the inner products of their vectors."""
+
+  query: list[str]
+  passage: list[str]
+  similarity: np.ndarray  # float32 [Lq, Lp]
+
+  @property
+  def score(self) -> float:
+    """MaxSim."""
+    return float(self.similarity.max(1).sum())
+
+
+class Searcher:
+  """Searches a finished run, or a folder of `ernie-jax encode`."""
+
+  def __init__(self, directory: Path, model: Path | None = None):
+    """`model` is by default the run's, or the one that encoded the folder; another one is a `UserError`."""
+    run = (directory / "model" / "model.json").is_file()
+    if not run and not (directory / "collection.json").is_file():
+      raise UserError(
+        f"{directory}: no finished run here (model/model.json is missing) and no encoded corpus (collection.json); "
+        "`ernie-jax run` and `ernie-jax encode` make them"
+      )
+    source = model or (directory if run else Path(collection.source(directory)))
+    self.model = Model.load(source)
+    self.corpus: Collection = collection.load(directory / self.model.about["corpus"] if run else directory)
+    if self.corpus.about["model"] != self.model.digest:
+      raise UserError(
+        f"{self.corpus.directory}: was encoded with model {self.corpus.about['model']}, but {source} is "
+        f"{self.model.digest}; encode again with it, or name the right one with --model"
+      )
+    self.about = {**self.corpus.about, "passages": len(self.corpus.vectors), "data": self.model.about["data"]["name"]}
+
+  def search(self, queries: Sequence[str], k: int, how: How = "dual", depth: int = 100) -> list[list[Hit]]:
+    """The k best passages of each query, best first (fewer where BM25 finds fewer)."""
+    found = zip(*self.rank(queries, k, how, depth))
+    return [[self.hit(int(row), float(score)) for score, row in zip(*own) if row >= 0] for own in found]
+
+  def hit(self, row: int, score: float) -> Hit:
+    p = self.corpus.passages
+    return Hit(row, score, p.ids[row], p.titles[row], p.texts[row])
+
+  def rank(self, queries: Sequence[str], k: int, how: How = "dual", depth: int = 100) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and passage rows [Q, min(k, N)], best first; row -1 where fewer are found.
+
+    `late` and `cross` re-rank the dual-encoder's `depth` best; `hybrid` is the reciprocal rank fusion of the
+    dual-encoder's and BM25's `depth` best.
+    """
+    if how not in get_args(How):
+      raise UserError(f"--with {how}: known are {', '.join(get_args(How))}")
+    k = min(k, len(self.corpus.vectors))
+    if how == "bm25":
+      return self.bm25.search(queries, k)
+    store = columns.ragged(self.model.template.tokenizer.encode(queries))
+    asked = self.model.encode(store, query=True, late=how == "late")
+    values, rows = self.nearest(asked.vectors, k if how == "dual" else min(max(k, depth), len(self.corpus.vectors)))
+    if how == "dual":
+      return values, rows
+    if how == "hybrid":
+      return retrieval.fuse([(values, rows), self.bm25.search(queries, max(k, depth))], k)
+    if how == "late":
+      again = retrieval.rerank_late(asked, rows, self.token_vectors, self.each)
+    else:
+      needed = np.unique(rows[rows >= 0])
+      local = np.where(rows >= 0, np.searchsorted(needed, rows), -1)
+      with jax.set_mesh(mesh.make()):
+        again = retrieval.rerank_cross(self.model.params, store, self.tokens(needed), local, self.model.template)
+    values, rows = retrieval.reorder(rows, again)
+    return values[:, :k], rows[:, :k]
+
+  def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search."""
+    return topk.top_k(vectors, self.corpus.vectors, k, order=self.corpus.passages.order)
+
+  @functools.cached_property
+  def bm25(self) -> BM25:
+    """Made at its first use, and kept beside the texts."""
+    place = self.corpus.directory / self.corpus.about["passages"] / "bm25"
+    if place.is_dir():
+      found = BM25.open(place)
+      if len(found) == len(self.corpus.vectors):
+        return found
+    p = self.corpus.passages
+    return BM25.build(Joined(p.titles, p.texts), place)
+
+  @property
+  def each(self) -> int:
+    """Bytes of a passage's token vectors, at most."""
+    return 2 * self.model.template.data.passage_length * self.corpus.about["late_width"]
+
+  def token_vectors(self, rows: np.ndarray) -> Ragged:
+    """Of some passages: those that are kept, or made now."""
+    if self.corpus.tokens is not None:
+      return self.corpus.tokens(rows)
+    return retrieval.whole(self.model.encode(self.tokens(rows), query=False, late=True))
+
+  def tokens(self, rows: np.ndarray) -> Ragged:
+    """The tokens of some passages, as `tokens.store` has them."""
+    p, tokenizer = self.corpus.passages, self.model.template.tokenizer
+    titles, texts = ([column[int(row)] for row in rows] for column in (p.titles, p.texts))
+    if self.model.template.data.template == "bert":
+      return columns.ragged(tokenizer.encode([columns.passage(*both) for both in zip(titles, texts)]))
+    sep = np.array([tokenizer.sep], np.int32)
+    both = zip(tokenizer.encode(titles), tokenizer.encode(texts))
+    return columns.ragged([np.concatenate([title, sep, text]) for title, text in both])
+
+  def match(self, query: str, row: int) -> Matches:
+    """Which of a passage's tokens each of a query's tokens matches."""
+    template = self.model.template
+    store = columns.ragged(template.tokenizer.encode([query]))
+    asked = self.model.encode(store, query=True, late=True)
+    own = self.tokens(np.array([row]))
+    vectors = self.token_vectors(np.array([row])).values.astype(np.float32)
+    rows = (
+      template.queries([template.query(store[0])], len(asked.tokens)),
+      template.passages([template.passage(own[0])], len(vectors)),
+    )
+    words = [[template.tokenizer.backend.id_to_token(int(t)) or "" for t in np.asarray(r.tokens)[0]] for r in rows]
+    return Matches(words[0], words[1], asked.tokens.astype(np.float32) @ vectors.T)
+
+
+class Joined(Sequence[str]):
+  """Passages as an encoder reads them, from their titles and texts."""
+
+  def __init__(self, titles: Sequence[str], texts: Sequence[str]):
+    self.titles, self.texts = titles, texts
+
+  def __len__(self) -> int:
+    return len(self.titles)
+
+  def __getitem__(self, row):
+    if isinstance(row, slice):
+      return [columns.passage(*both) for both in zip(self.titles[row], self.texts[row])]
+    return columns.passage(self.titles[row], self.texts[row])
