@@ -43,7 +43,7 @@ PATIENCE = 30.0  # seconds that a request waits
 CONNECTIONS = 256  # open at once
 GRACE = 20  # seconds at the end in which clients may fetch their last answers
 KEPT = 512  # answers kept: going back shows them at once
-DEPTH = {"late": 100, "cross": 50}  # passages that are ranked again; a cross-encoder reads each together with the query
+DEPTH = {"late": 100, "cross": 30}  # passages that are ranked again; a cross-encoder reads each together with the query
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")  # names of this machine in the Host header
 
@@ -287,10 +287,11 @@ def examples(searcher: "Searcher") -> list[str]:
 
 
 def warm(searcher: "Searcher") -> None:
-  """Compiles what the page asks for: the first query would wait for it."""
-  for how in ("bm25", "dual", "late", "cross"):
-    searcher.search(["warm"], MOST if how == "dual" else 10, how, DEPTH.get(how, MOST))
-  searcher.match("warm", 0)
+  """Compiles what the page asks for, for short queries and for long ones: the first would wait for it."""
+  for query in ("warm", "warm " * (LONGEST // 5)):
+    for how in ("bm25", "dual", "late", "cross"):
+      searcher.search([query], MOST if how == "dual" else 10, how, DEPTH.get(how, MOST))
+    searcher.match(query, 0)
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -298,12 +298,14 @@ def serve(args: Sequence[str]) -> None:
     import uvicorn  # noqa: F401
   except ImportError as error:
     raise UserError(f"serve: {error.name} is not installed; pip install 'ernie-jax[serve]'") from error
+  from ernie_jax import progress
   from ernie_jax import serve as service
   from ernie_jax.search import Searcher
 
   with service.listen(chosen.host, chosen.port) as own:  # first, for it fails at once
     searcher = Searcher(chosen.directory)
     service.warm(searcher)
+    progress.silence()  # each request would say what it encodes
     api = service.app(searcher, service.names(chosen.host), service.examples(searcher))
     SIGNALS.take(signal.SIGTERM)
     print(f"{searcher.about['passages']:,} passages at {service.address(chosen.host, own)}", flush=True)
