@@ -19,7 +19,6 @@ import ipaddress
 import json
 import re
 import socket
-import textwrap
 import time
 import unicodedata
 import urllib.parse
@@ -279,11 +278,12 @@ def names(host: str) -> list[str]:
 
 
 def examples(searcher: "Searcher") -> list[str]:
-  """Three queries for a corpus: how passages of it begin."""
+  """At most three queries for a corpus: first sentences of its passages, if they are short."""
   count = searcher.about["passages"]
-  texts = [searcher.hit(count * (2 * i + 1) // 6, 0.0).text for i in range(3)]
-  firsts = [re.split(r"[.,;:!?。，；：！？]\s|[。，；：！？\n]", text.strip())[0].rstrip(".") for text in texts]
-  return list(dict.fromkeys(textwrap.shorten(first, 60, placeholder="") for first in firsts if first))
+  texts = (searcher.hit(row, 0.0).text for row in sorted({count * i // 60 for i in range(60)}))
+  firsts = (re.split(r"(?<=[.!?])\s|(?<=[。！？])|\n", text.strip())[0] for text in texts)
+  whole = [first[:-1] for first in firsts if re.fullmatch(r"[^:]{15,50}[.!?。！？]", first)]
+  return list(dict.fromkeys(whole))[:3]
 
 
 def warm(searcher: "Searcher") -> None:

@@ -156,6 +156,21 @@ def test_about(searcher, port):
   assert get(port, "/api/about").content == json.loads(json.dumps({**searcher.about, "examples": []}))
 
 
+def test_examples_are_short_first_sentences():
+  texts = [
+    "Pads an array with zeros. More.",
+    "Too short. Then more.",
+    "A sentence that is longer than fifty characters is no example of a query. x",
+    "Names of sys.path are no ends! Here",
+    "这是一个关于数组填充的简单例子句子。更多",
+    "Pads an array with zeros.",
+    "a fourth whole sentence.",
+  ]
+  corpus = SimpleNamespace(about={"passages": 7}, hit=lambda row, _: SimpleNamespace(text=texts[row]))
+  firsts = ["Pads an array with zeros", "Names of sys.path are no ends", "这是一个关于数组填充的简单例子句子"]
+  assert serve.examples(corpus) == firsts
+
+
 def test_many_clients_get_what_one_gets(port):
   """16 at once; one searches at a time, and nobody gets another's answer."""
   queries = [f"{a} {b}" for a in ("thread", "file", "matrix", "date") for b in ("queue", "read", "solve", "parse")]
