@@ -24,6 +24,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   encoding, re-ranking                  retrieval.py
   hard negatives                        mining.py
   an encoded corpus on disk             collection.py
+  FAISS and Milvus                      index.py
   search over it, with hits             search.py
   metrics                               evaluate.py
   curves and tables as one page         report.py

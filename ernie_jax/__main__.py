@@ -25,12 +25,18 @@ USAGE = """usage: ernie-jax VERB ...
 
   run CONFIG --output DIR [--fresh] [--seed 1] [--cascade.steps 200] [--multihost] ...
       the whole strategy: train, mine, distil, evaluate, report; the same command continues after an interruption
-  search DIR ["a query"] [--k 10]
-      search the corpus of a finished run; without a query, a prompt
-  serve DIR [--port 8000] [--host 127.0.0.1]
-      a page and a JSON API over a finished run or a collection: four rankings side by side, and how tokens match
+  encode RUN [NAME --from DIR] --output DIR [--texts corpus] [--late 16] [--dtype float16] [--multihost]
+      a corpus (the run's, or another data set's), or the queries of a split, to vectors; the same command continues
+  index DIR --index flat|hnsw|ivfpq|milvus:FILE.db|milvus:http://HOST:19530
+      build an index over an encoded corpus or a finished run, or add what it lacks; prints its recall
+  search DIR ["a query"] [--k 10] [--with bm25|dual|late|cross|hybrid] [--index hnsw] [--queries FILE --output RUN]
+      search a finished run or an encoded corpus: one query, a file of lines `id TAB query`, or a prompt
+  serve DIR [--port 8000] [--host 127.0.0.1] [--index hnsw]
+      a page and a JSON API over a finished run or an encoded corpus: four rankings side by side, and how tokens match
   evaluate QRELS RUN [RUN ...] [--measures MRR@10 nDCG@10 ...] [--per-query FILE]
       measure runs in TREC format, and compare each with the first: difference, 95 % interval, significance
+  evaluate DIR [--split test] [--depth 100] [--output RUNS]
+      the same for a finished run or an encoded corpus: BM25, zero-shot, dual-encoder, late interaction, cross-encoder
   data NAME --from DIR [--skip-bad N] [--start CHECKPOINT_DIR] ...
       prepare a data set and show what is in it: counts, lengths in tokens, samples, and the command that trains on it;
       NAME is docstrings (of installed packages, without --from), jsonl, msmarco, dpr, beir, dureader or squad

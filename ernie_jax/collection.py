@@ -31,7 +31,7 @@ from ernie_jax.templates import Template
 
 SHARD = 16_384  # passages
 SMALL = 4 * 2**30  # bytes of token vectors that a run keeps; of larger corpora it encodes what it re-ranks
-FIELDS = ("model", "corpus", "count", "width", "dtype", "late", "late_width", "shard", "passages")
+FIELDS = ("texts", "model", "corpus", "count", "width", "dtype", "late", "late_width", "shard", "passages")
 Late = Literal["no", "16", "8"]  # token vectors: none, float16, or 8 bits a number with a scale for each vector
 
 
@@ -54,8 +54,8 @@ class Shards:
   def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
     if isinstance(rows, slice):
       begin, end, _ = rows.indices(len(self))
-      first, last = np.searchsorted(self.begins, [begin, end], side="right") - 1
-      if first == last:
+      first = int(np.searchsorted(self.begins, begin, side="right")) - 1
+      if begin < end <= self.begins[min(first + 1, len(self.arrays))]:  # within a shard: a view
         return self.arrays[first][begin - self.begins[first] : end - self.begins[first]]
       rows = np.arange(begin, max(begin, end))
     found = np.empty((len(rows), *self.shape[1:]), self.dtype)
@@ -108,25 +108,30 @@ class Collection:
   tokens: retrieval.Tokens | None  # passage rows -> token vectors; None if none are kept
 
 
-def write_passages(directory: Path, corpus: Any, fingerprint: str) -> None:
-  """Writes the passages of a `datasets.Corpus`, unless they are there."""
+def write_texts(
+  directory: Path, ids: Sequence[str], titles: Sequence[str], texts: Sequence[str], fingerprint: str
+) -> None:
+  """Writes passages, or queries, unless they are there; a `UserError` if others are."""
   about = {"fingerprint": fingerprint}
+  other = columns.matching(directory / "passages" / "ids")
+  if other is not None and columns.matching(directory / "passages" / "ids", **about) is None:
+    raise UserError(f"{directory}: holds the texts of another corpus; name another folder, or delete it")
   try:
     (directory / "passages").mkdir(parents=True, exist_ok=True)
-    for name in ("ids", "titles", "texts"):
+    for name, strings in {"ids": ids, "titles": titles, "texts": texts}.items():
       if columns.matching(directory / "passages" / name, **about) is None:
         with columns.Writer(directory / "passages" / name, np.uint8) as writer:
-          for text in getattr(corpus, name):
+          for text in strings:
             writer.append(text.encode())
           writer.close(**about)
   except OSError as error:
     raise UserError(f"{directory}: cannot be written ({error.strerror or error}); choose another place") from error
   if not (directory / "passages" / "order.npy").is_file():
-    save(directory / "passages" / "order.npy", topk.trec_order(corpus.ids))
+    save(directory / "passages" / "order.npy", topk.trec_order(ids))
 
 
 def open_passages(directory: Path, fingerprint: str) -> Passages:
-  """What `write_passages` wrote."""
+  """What `write_texts` wrote."""
   found = []
   for name in ("ids", "titles", "texts"):
     column = columns.matching(directory / "passages" / name, fingerprint=fingerprint)
@@ -161,18 +166,21 @@ def write(
   passages: str,
   corpus: str,
   *,
+  query: bool = False,
   late: Late = "no",
   dtype: Literal["float32", "float16"] = "float32",
-  label: str = "encode passages",
 ) -> None:
   """Encodes a token store into a folder, shard by shard; shards that are there from an earlier, killed call stay.
 
-  `passages` is the folder with the texts, as a path from `directory`; `corpus` their fingerprint. Several hosts share
+  `passages` is the folder with the texts, as a path from `directory`; `corpus` their fingerprint. With `query` the
+  texts are queries. Several hosts share
   the folder: each encodes every so-many-th shard on its own devices. Raises `UserError` if the folder holds another
   corpus or other settings.
   """
-  sizes = template.passage_sizes(store.lengths)
+  sizes = (template.query_sizes if query else template.passage_sizes)(store.lengths)
+  texts = "queries" if query else "passages"
   about = {
+    "texts": texts,
     "model": fingerprint(student, model, template),
     "corpus": corpus,
     "count": len(store),
@@ -207,13 +215,14 @@ def write(
   missing = np.flatnonzero(~np.array(mesh.told(there), bool)).tolist()
   left = sum(begins[i + 1] - begins[i] for i in missing)
   here = mesh.make(jax.local_devices())
-  with Progress(label, len(store), "passages", done=len(store) - left) as bar, jax.set_mesh(here):
+  label = f"encode {texts}"
+  with Progress(label, len(store), texts, done=len(store) - left) as bar, jax.set_mesh(here):
     for turn in range(0, len(missing), jax.process_count()):
       if turn + jax.process_index() < len(missing):
         i = missing[turn + jax.process_index()]
         part = store.part(begins[i], begins[i + 1])
         made = retrieval.encode(
-          student, model, part, template, query=False, late=late != "no", progress=bar, devices=here
+          student, model, part, template, query=query, late=late != "no", progress=bar, devices=here
         )
         if late == "8":
           scaled, scales = eight_bits(made.tokens)
@@ -256,11 +265,19 @@ def describe(directory: Path) -> dict[str, Any]:
     raise UserError(f"{directory / 'collection.json'}: damaged; delete {directory}, and encode again") from error
 
 
-def source(directory: Path) -> str:
-  """Where the model lay that encoded the folder."""
-  describe(directory)
-  path = directory / "source.txt"
-  return path.read_text() if path.is_file() else str(directory.parent)
+def write_source(directory: Path, model: Path, data: config.Data) -> None:
+  """Notes where the model lies that encodes the folder, and of which data set the texts are."""
+  said = {"model": str(model.resolve()), "data": dataclasses.asdict(data)}
+  config.write(directory / "source.json", json.dumps(said, indent=2))
+
+
+def source(directory: Path) -> tuple[Path, config.Data]:
+  """What `write_source` noted."""
+  try:
+    said = json.loads((directory / "source.json").read_text())
+    return Path(said["model"]), config.Data(**(said["data"] | {"packages": tuple(said["data"]["packages"])}))
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{directory / 'source.json'}: missing or damaged; name the model with --model") from error
 
 
 def load(directory: Path) -> Collection:

@@ -74,6 +74,19 @@ def read_qrels(path: str | Path) -> Qrels:
   return _read(path, "qid 0 pid rel", value=3, parse=_relevance)
 
 
+def read_queries(path: str | Path) -> dict[str, str]:
+  """Reads lines `qid TAB query`: {query id: text}. Raises `UserError` as `read_run` does."""
+  found: dict[str, str] = {}
+  for where, line in _lines(path, "qid TAB query"):
+    qid, tab, text = line.partition("\t")
+    if not tab or qid.split() != [qid] or not text.strip():
+      raise UserError(f"{where}: not `qid TAB query`: an id without white space, one tab, and a text are needed")
+    if qid in found:
+      raise UserError(f"{where}: query {qid!r} is given twice: remove one of them")
+    found[qid] = text.strip()
+  return found
+
+
 def _id(text: str, path: str | Path) -> str:
   if text.split() != [text]:
     raise UserError(f"{path}: id {text!r} is empty or holds white space, which separates columns here: rename it")
@@ -83,30 +96,37 @@ def _id(text: str, path: str | Path) -> str:
 def _read(path: str | Path, columns: str, value: int, parse: Callable[[str], T]) -> dict[str, dict[str, T]]:
   result: dict[str, dict[str, T]] = {}
   count = len(columns.split())
+  for where, line in _lines(path, columns):
+    cells = line.split()
+    if len(cells) != count:
+      raise UserError(f"{where}: {len(cells)} columns, expected {count}: {columns}")
+    qid, pid = cells[0], cells[2]
+    try:
+      parsed = parse(cells[value])
+    except ValueError as error:
+      raise UserError(f"{where}: column {value + 1} is {cells[value]!r}, expected {error}") from None
+    passages = result.setdefault(qid, {})
+    if pid in passages:
+      raise UserError(f"{where}: passage {pid!r} is given twice to query {qid!r}: remove one of them")
+    passages[pid] = parsed
+  return result
+
+
+def _lines(path: str | Path, columns: str) -> Iterator[tuple[str, str]]:
+  """`path:line` and text of each line; a `UserError` for a file that cannot be read, is empty or not UTF-8."""
+  number = 0
   try:
     with open(path, "rb") as file:
       for number, line in enumerate(file, 1):
         try:
           # The mark that some editors put first would otherwise become part of the first query's id.
-          cells = line.decode("utf-8-sig" if number == 1 else "utf-8").split()
+          yield f"{path}:{number}", line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError:
           raise UserError(f"{path}:{number}: not UTF-8: convert the file, for example with iconv") from None
-        if len(cells) != count:
-          raise UserError(f"{path}:{number}: {len(cells)} columns, expected {count}: {columns}")
-        qid, pid = cells[0], cells[2]
-        try:
-          parsed = parse(cells[value])
-        except ValueError as error:
-          raise UserError(f"{path}:{number}: column {value + 1} is {cells[value]!r}, expected {error}") from None
-        passages = result.setdefault(qid, {})
-        if pid in passages:
-          raise UserError(f"{path}:{number}: passage {pid!r} is given twice to query {qid!r}: remove one of them")
-        passages[pid] = parsed
   except OSError as error:
     raise UserError(f"{path}: cannot be read: {error.strerror or error}; give a file of lines {columns}") from error
-  if not result:
+  if not number:
     raise UserError(f"{path}:1: the file is empty, expected lines {columns}")
-  return result
 
 
 def _score(cell: str) -> float:

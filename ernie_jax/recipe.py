@@ -323,7 +323,7 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     data.corpus.identity,
   )
   if not known.is_file():
-    collection.write_passages(place, data.corpus, data.fingerprint)
+    collection.write_texts(place, data.corpus.ids, data.corpus.titles, data.corpus.texts, data.fingerprint)
     for split in data.queries:
       evaluate.write_qrels(data.qrels(split), place / f"qrels.{split}.trec")
     sizes = {split: len(q.ids) for split, q in data.queries.items()}

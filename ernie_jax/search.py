@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 import jax
 import numpy as np
 
-from ernie_jax import checkpoints, collection, columns, config, mesh, retrieval, topk
+from ernie_jax import checkpoints, collection, columns, config, mesh, pretrained, retrieval, step, topk
+from ernie_jax import index as indexes
 from ernie_jax.bm25 import BM25
 from ernie_jax.collection import Collection
 from ernie_jax.columns import Ragged
 from ernie_jax.config import UserError
+from ernie_jax.progress import say
 from ernie_jax.templates import Template
 from ernie_jax.tokens import Tokenizer
 
@@ -44,6 +46,21 @@ class Model:
       Tokenizer.load(place / "tokenizer"), config.Data(**(data | {"packages": tuple(data["packages"])}))
     )
     return cls(params, settings, template, collection.fingerprint(params["student"], settings, template), about)
+
+  def before(self) -> Model | None:
+    """The model as its training began, from a checkpoint; None if that was random, or cannot be had."""
+    s = self.settings
+    cache = Path(self.template.data.cache).expanduser()
+    if not s.start:
+      return None
+    try:
+      checkpoint = pretrained.load(*pretrained.locate(s.start, cache))
+    except pretrained.Unreachable as error:
+      say(f"{error}: no zero-shot ranking")
+      return None
+    shapes = (dataclasses.replace(checkpoint.architecture, special=self.template.tokenizer.special),) * 2
+    params = step.init_params(dataclasses.replace(s, share_encoder=True), *shapes, jax.random.key(0))
+    return dataclasses.replace(self, params=pretrained.assign(params, checkpoint, None))
 
   def encode(self, store: Ragged, *, query: bool, late: bool) -> retrieval.Encoded:
     what = "encode queries" if query else "encode passages"
@@ -81,23 +98,30 @@ class Matches:
 class Searcher:
   """Searches a finished run, or a folder of `ernie-jax encode`."""
 
-  def __init__(self, directory: Path, model: Path | None = None):
-    """`model` is by default the run's, or the one that encoded the folder; another one is a `UserError`."""
+  def __init__(self, directory: Path, model: Path | None = None, index: str = ""):
+    """`model` is by default the run's, or the one that encoded the folder; another one is a `UserError`.
+
+    `index` is the name of one that `build` has built; without one, search is exact and needs none.
+    """
     run = (directory / "model" / "model.json").is_file()
     if not run and not (directory / "collection.json").is_file():
       raise UserError(
         f"{directory}: no finished run here (model/model.json is missing) and no encoded corpus (collection.json); "
         "`ernie-jax run` and `ernie-jax encode` make them"
       )
-    source = model or (directory if run else Path(collection.source(directory)))
+    source = model or (directory if run else collection.source(directory)[0])
     self.model = Model.load(source)
     self.corpus: Collection = collection.load(directory / self.model.about["corpus"] if run else directory)
+    self.data = self.model.template.data if run else collection.source(directory)[1]
+    if self.corpus.about["texts"] != "passages":
+      raise UserError(f"{directory}: holds queries; search a folder of passages")
     if self.corpus.about["model"] != self.model.digest:
       raise UserError(
         f"{self.corpus.directory}: was encoded with model {self.corpus.about['model']}, but {source} is "
         f"{self.model.digest}; encode again with it, or name the right one with --model"
       )
-    self.about = {**self.corpus.about, "passages": len(self.corpus.vectors), "data": self.model.about["data"]["name"]}
+    self.index = indexes.open(index, self.corpus.directory, self.content()) if index else None
+    self.about = {**self.corpus.about, "passages": len(self.corpus.vectors), "data": self.data.name}
 
   def search(self, queries: Sequence[str], k: int, how: How = "dual", depth: int = 100) -> list[list[Hit]]:
     """The k best passages of each query, best first (fewer where BM25 finds fewer)."""
@@ -121,23 +145,65 @@ class Searcher:
       return self.bm25.search(queries, k)
     store = columns.ragged(self.model.template.tokenizer.encode(queries))
     asked = self.model.encode(store, query=True, late=how == "late")
-    values, rows = self.nearest(asked.vectors, k if how == "dual" else min(max(k, depth), len(self.corpus.vectors)))
-    if how == "dual":
-      return values, rows
+    values, rows = self.nearest(asked.vectors, k if how == "dual" else max(k, depth))
     if how == "hybrid":
       return retrieval.fuse([(values, rows), self.bm25.search(queries, max(k, depth))], k)
     if how == "late":
-      again = retrieval.rerank_late(asked, rows, self.token_vectors, self.each)
-    else:
-      needed = np.unique(rows[rows >= 0])
-      local = np.where(rows >= 0, np.searchsorted(needed, rows), -1)
-      with jax.set_mesh(mesh.make()):
-        again = retrieval.rerank_cross(self.model.params, store, self.tokens(needed), local, self.model.template)
-    values, rows = retrieval.reorder(rows, again)
+      values, rows = self.late(asked, rows)
+    elif how == "cross":
+      values, rows = self.cross(store, rows)
     return values[:, :k], rows[:, :k]
 
+  def systems(self, queries: Sequence[str], k: int, depth: int) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """The ranking of each system, k deep; of the re-rankers `depth` deep, over the dual-encoder's."""
+    yield "bm25", self.bm25.search(queries, k)
+    store = columns.ragged(self.model.template.tokenizer.encode(queries))
+    if (before := self.model.before()) is not None:
+      yield "zero_shot", self.untrained(before, store, k)
+    asked = self.model.encode(store, query=True, late=True)
+    values, rows = self.nearest(asked.vectors, max(k, depth))
+    yield "dual", (values, rows)
+    yield "late", self.late(asked, rows[:, :depth])
+    yield "cross", self.cross(store, rows[:, :depth])
+
+  def untrained(self, before: Model, store: Ragged, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ranking by the weights that training began with: the corpus is encoded with them, in memory."""
+    passages = before.encode(self.tokens(np.arange(len(self.corpus.vectors))), query=False, late=False)
+    queries = before.encode(store, query=True, late=False)
+    return topk.top_k(queries.vectors, passages.vectors, k, order=self.corpus.passages.order)
+
+  def late(self, asked: retrieval.Encoded, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Passage rows [Q, n] re-ranked by late interaction."""
+    return retrieval.reorder(rows, retrieval.rerank_late(asked, rows, self.token_vectors, self.each))
+
+  def cross(self, store: Ragged, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Passage rows [Q, n] re-ranked by the cross-encoder, for the tokens of queries."""
+    needed = np.unique(rows[rows >= 0])
+    local = np.where(rows >= 0, np.searchsorted(needed, rows), -1)
+    with jax.set_mesh(mesh.make()):
+      logits = retrieval.rerank_cross(self.model.params, store, self.tokens(needed), local, self.model.template)
+    return retrieval.reorder(rows, logits)
+
+  def as_run(self, ids: Sequence[str], values: np.ndarray, rows: np.ndarray) -> dict[str, dict[str, float]]:
+    """Scores and passage rows [Q, k] by the queries' and the passages' ids."""
+    names = self.corpus.passages.ids
+    found = zip(ids, values, rows)
+    return {query: {names[row]: float(x) for x, row in zip(*own) if row >= 0} for query, *own in found}
+
+  def content(self) -> indexes.Content:
+    """What an index is built over."""
+    p, about = self.corpus.passages, {name: self.corpus.about[name] for name in ("model", "corpus")}
+    return indexes.Content(self.corpus.vectors, p.ids, p.titles, p.texts, about)
+
+  def build(self, name: str) -> None:
+    """Builds an index, or adds to it what it lacks."""
+    indexes.build(name, self.corpus.directory, self.content())
+
   def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search."""
+    """The dual-encoder's ranking."""
+    k = min(k, len(self.corpus.vectors))
+    if self.index is not None:
+      return self.index.search(vectors, k)
     return topk.top_k(vectors, self.corpus.vectors, k, order=self.corpus.passages.order)
 
   @functools.cached_property

@@ -11,7 +11,7 @@ import runpy
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -23,13 +23,14 @@ from ernie_jax.signals import SIGNALS
 if TYPE_CHECKING:
   import numpy as np
 
-  from ernie_jax.search import Hit
+  from ernie_jax.evaluate import Qrels, Run
+  from ernie_jax.search import Hit, Searcher
 
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Train:
   """Runs the whole strategy in a folder, or continues it there."""
 
   output: Path  # the run's folder
@@ -39,21 +40,53 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Search:
-  """Searches the corpus of a finished run with its dual-encoder."""
+class Encode:
+  """Encodes a corpus, or the queries of a split, into a folder; the same command continues after an interruption."""
 
-  run: Annotated[Path, tyro.conf.Positional]  # the run's folder
-  query: Annotated[str | None, tyro.conf.Positional] = None  # without one: a prompt
+  model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # a finished run
+  name: Annotated[DataName | None, tyro.conf.Positional] = None  # another data set than the run's
+  folder: Annotated[str, tyro.conf.arg(name="from")] = ""  # where its files lie
+  output: Path = Path("encoded")
+  texts: Literal["corpus", "train", "dev", "test"] = "corpus"  # or the queries of a split
+  late: Literal["no", "16", "8"] = "no"  # token vectors for late interaction too, with so many bits a number
+  dtype: Literal["float32", "float16"] = "float32"  # of the vectors on disk
+  skip_bad: int = 0  # most bad lines that are left out and counted; one more is an error
+  hosts: Annotated[Hosts, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Hosts)  # --multihost and so on
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """Builds an index over an encoded corpus, or adds to it what it lacks; prints its recall."""
+
+  directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # a finished run, or an encoded corpus
+  index: str  # flat, hnsw or ivfpq (FAISS), milvus:FILE.db (in this process) or milvus:http://HOST:19530
+  model: Path | None = None  # where the model lies, if not where it lay when it encoded
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+  """Searches a finished run or an encoded corpus."""
+
+  directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # a finished run, or an encoded corpus
+  query: Annotated[str | None, tyro.conf.Positional] = None  # without one, and without --queries: a prompt
   k: int = 10  # passages to show
+  how: Annotated[Literal["bm25", "dual", "late", "cross", "hybrid"], tyro.conf.arg(name="with")] = "dual"
+  depth: int = 100  # late and cross re-rank so many of the dual-encoder's best; hybrid fuses so many of both
+  index: str = ""  # as built by `ernie-jax index`; empty: exact search without one
+  queries: Path | None = None  # lines `id TAB query`
+  output: Path | None = None  # with --queries: a TREC run instead of what people read
+  model: Path | None = None  # where the model lies, if not where it lay when it encoded
 
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
-  """Serves a page that searches a finished run or a collection, and the JSON behind it, until Ctrl-C."""
+  """Serves a page that searches a finished run or an encoded corpus, and the JSON behind it, until Ctrl-C."""
 
-  directory: Annotated[Path, tyro.conf.Positional]  # the run's or the collection's folder
+  directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # a finished run, or an encoded corpus
   host: str = "127.0.0.1"  # address to listen on; the default is reached from this machine only
   port: int = 8000  # 0: a free one
+  index: str = ""  # as built by `ernie-jax index`; empty: exact search without one
+  model: Path | None = None  # where the model lies, if not where it lay when it encoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +117,16 @@ class Prepare:
 class Evaluate:
   """Measures runs against relevance judgements, and compares each run with the first."""
 
-  qrels: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="QRELS")]  # the judgements: lines `qid 0 pid rel`
+  # the judgements: lines `qid 0 pid rel`; or a finished run or an encoded corpus, whose rankings are then made
+  qrels: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="QRELS")]
   # what systems found: lines `qid Q0 pid rank score tag`
   runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
   measures: tuple[str, ...] = ("MRR@10", "R@5", "R@20", "R@50", "R@100", "R@1000", "nDCG@10")  # ir_measures' names
   per_query: str = ""  # a file for the measures of each query, tab-separated; with -, they are all that is printed
+  split: Literal["train", "dev", "test"] = "test"  # of an encoded corpus: whose queries
+  depth: int = 100  # of an encoded corpus: late interaction and cross-encoder re-rank the dual-encoder's best
+  output: Path | None = None  # of an encoded corpus: a folder for the rankings, as TREC runs
+  model: Path | None = None  # of an encoded corpus: where the model lies, if not where it lay when it encoded
 
 
 def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) -> T:
@@ -138,7 +176,7 @@ def named_config(args: Sequence[str], verb: str, example: str) -> tuple[bool, Co
 def run(args: Sequence[str]) -> None:
   named, settings = named_config(args, "run", "configs/quickstart.py")
   output = Path("runs") / (Path(args[0]).stem if named else "NAME")
-  chosen = parse(Run, "run CONFIG", args[named:], Run(output, settings, Hosts()))
+  chosen = parse(Train, "run CONFIG", args[named:], Train(output, settings, Hosts()))
   import absl.logging
   import jax
 
@@ -219,42 +257,126 @@ def shorten(text: str, width: int) -> str:
   return text if len(text) <= width else text[: width - 4] + " ..."
 
 
-def search(args: Sequence[str]) -> None:
-  chosen = parse(Search, "search", args)
-  if chosen.k < 1:
-    raise UserError(f"--k {chosen.k}: must be at least 1")
+def encode(args: Sequence[str]) -> None:
+  chosen = parse(Encode, "encode", args)
+  if chosen.name is None and chosen.folder:
+    raise UserError(f"--from {chosen.folder}: name the data set too: `ernie-jax encode RUN NAME --from DIR`")
+  from ernie_jax import collection, datasets, mesh, progress, tokens
+  from ernie_jax.search import Model
+
+  mesh.join(chosen.hosts)
+  if not chosen.hosts.multihost:
+    SIGNALS.take(signal.SIGTERM)
+  if not mesh.leads():
+    progress.silence()
+  model = Model.load(chosen.model)
+  settings = model.template.data
+  if chosen.name is not None:
+    settings = dataclasses.replace(settings, name=chosen.name, folder=chosen.folder, skip_bad=chosen.skip_bad)
+  with mesh.first("data"):
+    found = datasets.load(settings)
+    store = tokens.store(found, chosen.texts, model.template.tokenizer, settings)
+  query = chosen.texts != "corpus"
+  if not len(store):
+    raise UserError(f"--texts {chosen.texts}: data set {settings.name!r} has no such queries")
+  said = f"{found.fingerprint} {chosen.texts}" if query else found.fingerprint
+  if mesh.leads():
+    own = found.queries[chosen.texts] if query else found.corpus
+    titles = [""] * len(store) if query else found.corpus.titles
+    collection.write_texts(chosen.output, own.ids, titles, own.texts, said)
+    collection.write_source(chosen.output, chosen.model, settings)
+  mesh.wait("texts")
+  student = model.params["student"]
+  collection.write(
+    chosen.output, student, model.settings, store, model.template, ".", said,
+    query=query, late=chosen.late, dtype=chosen.dtype,
+  )  # fmt: skip
+  if mesh.leads():
+    print(f"{chosen.output}: {len(store)} {'queries' if query else 'passages'}")
+    print(f"next: ernie-jax {'search ' + str(chosen.output) if not query else 'index DIR'}")
+
+
+def index(args: Sequence[str]) -> None:
+  chosen = parse(Index, "index", args)
   from ernie_jax.search import Searcher
 
-  searcher = Searcher(chosen.run)
+  Searcher(chosen.directory, chosen.model).build(chosen.index)
+  print(f"next: ernie-jax search {chosen.directory} --index {chosen.index}")
+
+
+def search(args: Sequence[str]) -> None:
+  chosen = parse(Search, "search", args)
+  for field in ("k", "depth"):
+    if getattr(chosen, field) < 1:
+      raise UserError(f"--{field} {getattr(chosen, field)}: must be at least 1")
+  if chosen.queries and chosen.query is not None:
+    raise UserError(f"--queries {chosen.queries}: is for many queries; leave out {chosen.query!r}")
+  if chosen.output and not chosen.queries:
+    raise UserError(f"--output {chosen.output}: is a run of many queries; name them with --queries FILE")
+  from ernie_jax import evaluate
+  from ernie_jax.search import Searcher
+
+  asked = evaluate.read_queries(chosen.queries) if chosen.queries else {}
+  searcher = Searcher(chosen.directory, chosen.model, chosen.index)
+  answer = lambda queries: searcher.search(queries, chosen.k, chosen.how, chosen.depth)
+  if chosen.output:
+    found = searcher.rank(list(asked.values()), chosen.k, chosen.how, chosen.depth)
+    evaluate.write_run(searcher.as_run(list(asked), *found), chosen.output, chosen.how)
+    print(f"{chosen.output}: {len(asked)} queries\nnext: ernie-jax evaluate QRELS {chosen.output}")
+    return
+  if asked:
+    for query, hits in zip(asked.values(), answer(list(asked.values()))):
+      print(query)
+      show(hits)
+    return
   if chosen.query is not None:
-    show(searcher.search([chosen.query], chosen.k)[0])
+    ask(searcher, chosen, chosen.query)
     return
   print(f"{searcher.about['passages']} passages; an empty line ends")
   with contextlib.suppress(EOFError):
     while query := input("query> ").strip():
-      show(searcher.search([query], chosen.k)[0])
+      ask(searcher, chosen, query)
+
+
+def ask(searcher: Searcher, chosen: Search, query: str) -> None:
+  """Shows one query's hits; for late interaction, with the passage token that each query token matches."""
+  hits = searcher.search([query], chosen.k, chosen.how, chosen.depth)[0]
+  matched = []
+  for hit in hits if chosen.how == "late" else []:
+    found = searcher.match(query, hit.row)
+    best = found.similarity.argmax(1)
+    pairs = [f"{a}>{found.passage[j]} {found.similarity[i, j]:.2f}" for i, (a, j) in enumerate(zip(found.query, best))]
+    matched.append("  ".join(pairs))
+  show(hits, matched)
 
 
 def evaluate(args: Sequence[str]) -> None:
   chosen = parse(Evaluate, "evaluate", args)
-  if not chosen.runs:
+  folder = chosen.qrels.is_dir()
+  if folder and chosen.runs:
+    raise UserError(f"evaluate {chosen.qrels}: is a folder, whose rankings are made; leave out {chosen.runs[0]}")
+  if not folder and not chosen.runs:
     raise UserError(f"evaluate {chosen.qrels}: name a run to measure: `ernie-jax evaluate QRELS RUN [RUN ...]`")
+  if chosen.depth < 1:
+    raise UserError(f"--depth {chosen.depth}: must be at least 1")
   from ernie_jax import config, progress
   from ernie_jax import evaluate as measuring
 
-  measuring.parsed(chosen.measures)  # now, not after files of millions of lines
-  qrels = measuring.read_qrels(chosen.qrels)
+  measures = measuring.parsed(chosen.measures)  # now, not after files of millions of lines
+  deepest = max(measure.params.get("cutoff", 1) for measure in measures.values())
+  qrels, runs = rankings(chosen, deepest) if folder else (measuring.read_qrels(chosen.qrels), read_runs(chosen))
   found = {}
-  for path in chosen.runs:
-    run = measuring.read_run(path)
+  for name, run in runs:
     both = len(run.keys() & qrels.keys())
     if not both:
-      raise UserError(f"{path}: none of its {len(run):,} queries is judged in {chosen.qrels}; give this run's qrels")
+      raise UserError(f"{name}: none of its {len(run):,} queries is judged in {chosen.qrels}; give this run's qrels")
     if both < len(qrels):
-      progress.say(f"{path}: lacks {len(qrels) - both:,} of {len(qrels):,} judged queries, they count 0")
+      progress.say(f"{name}: lacks {len(qrels) - both:,} of {len(qrels):,} judged queries, they count 0")
     if both < len(run):
-      progress.say(f"{path}: {len(run) - both:,} of {len(run):,} queries are not judged, they do not count")
-    name = path.name if [p.name for p in chosen.runs].count(path.name) == 1 else str(path)
+      progress.say(f"{name}: {len(run) - both:,} of {len(run):,} queries are not judged, they do not count")
+    if chosen.output:
+      chosen.output.mkdir(parents=True, exist_ok=True)
+      measuring.write_run(run, chosen.output / f"{chosen.split}.{name}.trec", name)
     found[name] = measuring.values(run, qrels, chosen.measures)
     del run  # it may take a gigabyte: one at a time
   if chosen.per_query:
@@ -277,6 +399,33 @@ def evaluate(args: Sequence[str]) -> None:
       interval = (f"{x:+.4f}" for x in measuring.bootstrap(own, base[measure]))
       rows.append([measure, *interval, f"{measuring.p_value(own, base[measure]):.4f}"])
     print(f"\n{measuring.aligned(rows)}")
+
+
+def read_runs(chosen: Evaluate) -> Iterator[tuple[str, Run]]:
+  """The runs of files, by the file's name."""
+  from ernie_jax import evaluate
+
+  for path in chosen.runs:
+    yield path.name if [p.name for p in chosen.runs].count(path.name) == 1 else str(path), evaluate.read_run(path)
+
+
+def rankings(chosen: Evaluate, k: int) -> tuple[Qrels, Iterator[tuple[str, Run]]]:
+  """The judgements of an encoded corpus' split, and the rankings of its queries by each system."""
+  from ernie_jax import datasets
+  from ernie_jax.search import Searcher
+
+  searcher = Searcher(chosen.qrels, chosen.model)
+  data = datasets.load(searcher.data)
+  queries = data.queries[chosen.split]
+  if data.fingerprint != searcher.corpus.about["corpus"]:
+    raise UserError(
+      f"{chosen.qrels}: holds {searcher.corpus.about['corpus']}, but the data set is {data.fingerprint} now"
+    )
+  if not len(queries.ids):
+    raise UserError(f"--split {chosen.split}: data set {searcher.data.name!r} has no such queries")
+  print(f"late and cross re-rank the dual-encoder's {chosen.depth} best of {len(data.corpus.ids)} passages")
+  found = searcher.systems(queries.texts[:], max(k, chosen.depth), chosen.depth)
+  return data.qrels(chosen.split), ((name, searcher.as_run(queries.ids, *own)) for name, own in found)
 
 
 def plan(args: Sequence[str]) -> None:
@@ -303,7 +452,7 @@ def serve(args: Sequence[str]) -> None:
   from ernie_jax.search import Searcher
 
   with service.listen(chosen.host, chosen.port) as own:  # first, for it fails at once
-    searcher = Searcher(chosen.directory)
+    searcher = Searcher(chosen.directory, chosen.model, chosen.index)
     service.warm(searcher)
     progress.silence()  # each request would say what it encodes
     api = service.app(searcher, service.names(chosen.host), service.examples(searcher))
@@ -312,9 +461,20 @@ def serve(args: Sequence[str]) -> None:
     service.server(api).run([own])
 
 
-def show(hits: list[Hit]) -> None:
+def show(hits: Sequence[Hit], matched: Sequence[str] = ()) -> None:
   for rank, hit in enumerate(hits, 1):
     print(f"{rank:3d}  {hit.score:6.3f}  {hit.title}\n             {shorten(hit.text, 160)}")
+    if matched:
+      print(f"             {matched[rank - 1]}")
 
 
-VERBS = {"run": run, "search": search, "evaluate": evaluate, "serve": serve, "data": data, "plan": plan}
+VERBS = {
+  "run": run,
+  "encode": encode,
+  "index": index,
+  "search": search,
+  "evaluate": evaluate,
+  "serve": serve,
+  "data": data,
+  "plan": plan,
+}

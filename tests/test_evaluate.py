@@ -436,7 +436,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(files, tmp_path, capsy
     (["twice.qrels", "a.trec"], "twice.qrels:3: passage 'p' is given twice to query 'q1'"),
     (["qrels", "a.trec", "nowhere"], "nowhere: cannot be read"),
     (["qrels", "qrels"], "qrels:1: 4 columns, expected 6"),
-    ([".", "a.trec"], ".: cannot be read"),
+    ([".", "a.trec"], ".: is a folder"),
     (["qrels", "nowhere", "--measures", "P@0"], "measure 'P@0' is not known"),  # said before files are read
     (["qrels", "a.trec", "--measures"], "no measure is named"),
     (["qrels", "a.trec", "--per-query", "nowhere/values.tsv"], "nowhere/values.tsv: cannot be written"),

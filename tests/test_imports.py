@@ -29,6 +29,7 @@ ORDER = [
   "retrieval",
   "mining",
   "collection",
+  "index",
   "search",
   "evaluate",
   "report",

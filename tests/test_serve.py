@@ -87,8 +87,7 @@ def folder(tmp_path_factory):
   about = {"student": "interaction", "corpus": "encode", "fingerprint": "0f" * 8, "data": dataclasses.asdict(data)}
   checkpoints.save_model(directory / "model", params, model, about)
   tokenizer.save(directory / "model" / "tokenizer")
-  passages = SimpleNamespace(**{f"{name}s": [row[name] for row in corpus] for name in ("id", "title", "text")})
-  collection.write_passages(directory, passages, "0f" * 8)
+  collection.write_texts(directory, *([row[name] for row in corpus] for name in ("id", "title", "text")), "0f" * 8)
   store, template = columns.ragged(tokenizer.encode(texts)), templates.Template(tokenizer, data)
   collection.write(directory / "encode", params["student"], model, store, template, "..", "0f" * 8, late="16")
   return directory

@@ -11,6 +11,7 @@ too, so that their files need no conversion:
                   and a corpus of {"docid", "title", "text"}
   FlagEmbedding   {"query": ..., "pos": ["a text", ...], "neg": [...]}
 
+Training needs queries of all three; encoding and searching a corpus, none.
 With corpus.jsonl, every passage that a query names has to be in it. Without one, the corpus is made of the passages
 that the queries bring. A query without an id gets one from its file and line, a passage from its content.
 """
@@ -43,8 +44,8 @@ class Jsonl(RetrievalBuilder):
   def rows(self, bad: Bad) -> Rows:
     corpus, splits = paths(self.data)
     rows: Rows = {"corpus": passages(corpus, bad) if corpus else brought(splits, bad)}
-    for split, path in splits.items():
-      rows[split] = queries(path, split, bad)
+    for split in SPLITS:
+      rows[split] = queries(splits[split], split, bad) if split in splits else iter(())
     return rows
 
 
@@ -128,10 +129,10 @@ def listed(found: dict[str, Any], names: tuple[str, ...]) -> list[Any]:
 
 
 def paths(data: Data) -> tuple[Path | None, dict[str, Path]]:
-  """corpus.jsonl if it is there, and the files of train, dev and test."""
+  """corpus.jsonl, and the files of train, dev and test: those that are there."""
   folder = Path(data.folder).expanduser()
-  splits = {split: files.need(folder, f"{split}.jsonl") for split in SPLITS}
-  return files.find(folder, "corpus.jsonl"), splits
+  splits = {split: path for split in SPLITS if (path := files.find(folder, f"{split}.jsonl")) is not None}
+  return files.find(folder, "corpus.jsonl") if splits else files.need(folder, "corpus.jsonl"), splits
 
 
 def builder(data: Data, directory: Path) -> RetrievalBuilder:
