@@ -121,6 +121,13 @@ class Settings(tfds.core.BuilderConfig):
   data: Data = dataclasses.field(default_factory=Data)
 
 
+class Info(tfds.core.DatasetInfo):
+  """What TFDS says of a data set; not from the network, where it would look first and leave a temporary folder."""
+
+  def initialize_from_bucket(self) -> None:
+    pass
+
+
 class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
   """A TFDS builder whose subclass only says what its rows are."""
 
@@ -154,11 +161,11 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
   def data(self) -> Data:
     return self.builder_config.data
 
-  def _info(self) -> tfds.core.DatasetInfo:
+  def _info(self) -> Info:
     text = tfds.features.Text()
     ids = tfds.features.Sequence(text)
     features = {"id": text, "title": text, "text": text, "positives": ids, "negatives": ids}
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+    return Info(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
 
   def _split_generators(self, dl_manager) -> dict:
     bad = Bad(self.data.skip_bad)
