@@ -329,7 +329,9 @@ class Mine:
   first: int = 1
   last: int = 30
   sample: int | None = None  # so many of these ranks, drawn from the seed; None: all
-  denoise: float | None = None  # only those with at most this cross-encoder probability (RocketQA: 0.1)
+  # Only those with at most this cross-encoder probability (RocketQA: 0.1, of one trained on single pairs; ours learns
+  # from lists, where only differences of logits count: there use `margin`).
+  denoise: float | None = None
   margin: float | None = None  # only those whose logit is this far below the known positive's
   use: Literal["mined", "given", "both"] = "mined"  # given: the data set's own
   refresh: int = 0  # steps of the cascade after which its student mines again; 0: never

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -170,14 +170,14 @@ def write(path: Path, found: Iterable[Block], queries: Sequence[str], passages: 
   """
   dropped, lines, fewer = collections.Counter[str](), 0, 0
   with contextlib.ExitStack() as files:
-    file: dict[Path, BinaryIO] = {}
+    opened = {path: files.enter_context(config.writing(path))} if mesh.leads() else {}  # now, not after hours
 
     def put(path: Path, tag: str, begin: int, rows: np.ndarray, values: np.ndarray) -> None:
-      if path not in file:
-        file[path] = files.enter_context(config.writing(path))
+      if path not in opened:
+        opened[path] = files.enter_context(config.writing(path))
       for i, (own, scores) in enumerate(zip(rows, values)):
         named = {passages[row]: float(x) for row, x in zip(own.tolist(), scores) if row >= 0}
-        file[path].writelines(line.encode() for line in evaluate.lines(queries[begin + i], named, path, tag))
+        opened[path].writelines(line.encode() for line in evaluate.lines(queries[begin + i], named, path, tag))
 
     for block in found:
       there = (block.rows >= 0).sum(1)
@@ -189,7 +189,11 @@ def write(path: Path, found: Iterable[Block], queries: Sequence[str], passages: 
         if block.judged is not None and block.logits is not None:
           put(beside(path), "cross", block.begin, block.judged, block.logits)
     if not lines:
-      raise UserError(f"{path}: no hard negative is left; raise mine.last or mine.denoise, or lower mine.margin")
+      said = ", ".join(f"{rule} {count:,}" for rule, count in dropped.items())
+      raise UserError(
+        f"{path}: no hard negative is left (dropped: {said}); raise last, or lower margin. Where denoise took them: lists "
+        "trained this cross-encoder, so differences of its logits mean more than its probabilities; use margin"
+      )
   mesh.wait(str(path))
   return {"negatives_per_query": lines / len(queries), "fewer": fewer, "dropped": dict(dropped)}
 

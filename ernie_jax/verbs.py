@@ -90,7 +90,7 @@ class Mine:
   first: int = 1  # ranks of the student, known positives and passages with their texts left out
   last: int = 30
   sample: int | None = None  # so many of these ranks, drawn; None: all
-  denoise: float | None = None  # drop those with a larger cross-encoder probability (RocketQA: 0.1)
+  denoise: float | None = None  # drop those with a larger probability: for a cross-encoder trained on single pairs
   margin: float | None = 0.0  # drop those that do not come so many logits below the best known positive
   split: Literal["train", "dev", "test"] = "train"  # whose queries
   seed: int = 0  # of --sample
