@@ -31,6 +31,8 @@ USAGE = """usage: ernie-jax VERB ...
       build an index over an encoded corpus or a finished run, or add what it lacks; prints its recall
   search DIR ["a query"] [--k 10] [--with bm25|dual|late|cross|hybrid] [--index hnsw] [--queries FILE --output RUN]
       search a finished run or an encoded corpus: one query, a file of lines `id TAB query`, or a prompt
+  serve DIR [--port 8000] [--host 127.0.0.1] [--index hnsw]
+      a page and a JSON API over a finished run or an encoded corpus: four rankings side by side, and how tokens match
   evaluate QRELS RUN [RUN ...] [--measures MRR@10 nDCG@10 ...] [--per-query FILE]
       measure runs in TREC format, and compare each with the first: difference, 95 % interval, significance
   evaluate DIR [--split test] [--depth 100] [--output RUNS]

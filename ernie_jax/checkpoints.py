@@ -192,12 +192,23 @@ def save_model(directory: Path, params: Params, model: config.Model, about: dict
   config.write(directory / "model.json", json.dumps(description, indent=2))
 
 
+def describe_model(directory: Path) -> dict[str, Any]:
+  """What `model.json` says; a damaged or missing file is a `UserError`."""
+  try:
+    description = json.loads((directory / "model.json").read_text())
+    return {name: description[name] for name in ("student", "teacher", "model", "sha256", "about")}
+  except FileNotFoundError as error:
+    raise UserError(f"{error.filename}: missing; `ernie-jax run` makes it when it finishes") from error
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"{directory / 'model.json'}: damaged ({first_line(error)}); run the recipe again") from error
+
+
 def load_model(directory: Path) -> tuple[Params, config.Model, dict[str, Any]]:
   """(parameters, model settings, `about`) of a saved model; a damaged or missing file is a `UserError`."""
   from safetensors.numpy import load
 
+  description = describe_model(directory)
   try:
-    description = json.loads((directory / "model.json").read_text())
     raw = (directory / "model.safetensors").read_bytes()
     student, teacher = (architecture(description[name]) for name in ("student", "teacher"))
     scratch = architecture(description["model"]["scratch"])

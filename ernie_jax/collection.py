@@ -54,8 +54,8 @@ class Shards:
   def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
     if isinstance(rows, slice):
       begin, end, _ = rows.indices(len(self))
-      first, last = np.searchsorted(self.begins, [begin, end], side="right") - 1
-      if first == last:
+      first = int(np.searchsorted(self.begins, begin, side="right")) - 1
+      if begin < end <= self.begins[min(first + 1, len(self.arrays))]:  # within a shard: a view
         return self.arrays[first][begin - self.begins[first] : end - self.begins[first]]
       rows = np.arange(begin, max(begin, end))
     found = np.empty((len(rows), *self.shape[1:]), self.dtype)
@@ -192,17 +192,17 @@ def write(
     "passages": passages,
   }
   path = directory / "collection.json"
-  try:
-    for name in ("vectors", *(() if late == "no" else ("tokens",)), *(("scales",) if late == "8" else ())):
-      (directory / name).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(f"{directory}: cannot be written ({error.strerror or error}); choose another place") from error
   if path.is_file() and (found := describe(directory)) != about:
     field = next(name for name in about if found.get(name) != about[name])
     raise UserError(
       f"{directory}: holds a corpus encoded with {field}={found.get(field)!r}, not {about[field]!r}; "
       "name another folder, or delete it"
     )
+  try:
+    for name in ("vectors", *(() if late == "no" else ("tokens",)), *(("scales",) if late == "8" else ())):
+      (directory / name).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f"{directory}: cannot be written ({error.strerror or error}); choose another place") from error
   if mesh.leads():
     for leftover in directory.glob("*/*.writing-*"):
       leftover.unlink()

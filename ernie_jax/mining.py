@@ -191,8 +191,8 @@ def write(path: Path, found: Iterable[Block], queries: Sequence[str], passages: 
     if not lines:
       said = ", ".join(f"{rule} {count:,}" for rule, count in dropped.items())
       raise UserError(
-        f"{path}: no hard negative is left (dropped: {said}); raise last, or lower margin. Where denoise took them: lists "
-        "trained this cross-encoder, so differences of its logits mean more than its probabilities; use margin"
+        f"{path}: no hard negative is left (dropped: {said}); raise last, or lower margin; in place of denoise take "
+        "margin: lists trained this cross-encoder, so only differences of its logits count"
       )
   mesh.wait(str(path))
   return {"negatives_per_query": lines / len(queries), "fewer": fewer, "dropped": dict(dropped)}

@@ -58,6 +58,6 @@ class Progress:
   def __exit__(self, kind, value, trace) -> None:
     if self.bar is not None:
       self.bar.close()
-    if kind is None:
+    if kind is None and self.total > 1:  # one query that a user waits for is no long job
       spent = time.monotonic() - self.start
       say(f"  {self.label}: {self.done} {self.unit} in {clock(spent)}")

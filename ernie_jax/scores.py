@@ -146,7 +146,7 @@ def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
 
 def cross(
   params: Params, rows: Rows, noise: Noise | None, *, leads: bool = False
-) -> tuple[Float[Array, "t"], Float[Array, "n l l"]]:
+) -> tuple[Float[Array, "t"], Float[Array, "n q l"]]:
   """The cross-encoder's logit of each joined pair, and its last layer's attention in the rows, averaged over heads.
 
   Noise brings one place more than the encoder's, for the head. With `leads` (and no noise) the attention is that of the

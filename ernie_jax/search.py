@@ -109,12 +109,13 @@ class Searcher:
         f"{directory}: no finished run here (model/model.json is missing) and no encoded corpus (collection.json); "
         "`ernie-jax run` and `ernie-jax encode` make them"
       )
-    source = model or (directory if run else collection.source(directory)[0])
-    self.model = Model.load(source)
-    self.corpus: Collection = collection.load(directory / self.model.about["corpus"] if run else directory)
-    self.data = self.model.template.data if run else collection.source(directory)[1]
+    place = directory / str(checkpoints.describe_model(directory / "model")["about"]["corpus"]) if run else directory
+    self.corpus: Collection = collection.load(place)
     if self.corpus.about["texts"] != "passages":
       raise UserError(f"{directory}: holds queries; search a folder of passages")
+    source = model or (directory if run else collection.source(directory)[0])
+    self.model = Model.load(source)
+    self.data = self.model.template.data if run else collection.source(directory)[1]
     if self.corpus.about["model"] != self.model.digest:
       raise UserError(
         f"{self.corpus.directory}: was encoded with model {self.corpus.about['model']}, but {source} is "

@@ -16,9 +16,10 @@ from ernie_jax.config import UserError
 SPARE = 32  # candidates beyond k: what float32 cannot tell apart at place k is looked at in float64
 SCORES = {"cpu": 2**22}  # scores that a device computes at once, for a short list: they stay in a CPU's cache
 SCORES_ELSEWHERE = 2**26
-LARGEST = 2**26  # scores at once, for long lists: 256 MiB
+LARGEST = 2**25  # scores at once, for long lists: 128 MiB
+TILE = 2**24  # numbers of a device's tile: 64 MiB
 QUERIES = 2**15  # searched in one pass over the corpus
-GATHERED = 2**25  # numbers of float64 held at once when candidates are scored again: 256 MiB
+GATHERED = 2**24  # numbers of float64 held at once when candidates are scored again: 128 MiB
 
 
 def trec_order(ids: Sequence[str]) -> np.ndarray:
@@ -104,7 +105,8 @@ def candidates(
   asked[: len(queries)] = queries
   if tile is None:
     room = SCORES.get(jax.default_backend(), SCORES_ELSEWHERE)
-    tile = 1 << (min(max(room // size, 32 * k), max(LARGEST // size, k), -(-total // count)) - 1).bit_length()
+    most = min(max(room // size, min(32 * k, LARGEST // size)), TILE // width, -(-total // count))
+    tile = 1 << (max(most, k).bit_length() - 1)
   with jax.set_mesh(devices):
     held = mesh.whole(asked, devices)
     state = mesh.shard(_nothing(devices, size, k), devices)

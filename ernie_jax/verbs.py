@@ -98,6 +98,17 @@ class Mine:
 
 
 @dataclasses.dataclass(frozen=True)
+class Serve:
+  """Serves a page that searches a finished run or an encoded corpus, and the JSON behind it, until Ctrl-C."""
+
+  directory: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]  # a finished run, or an encoded corpus
+  host: str = "127.0.0.1"  # address to listen on; the default is reached from this machine only
+  port: int = 8000  # 0: a free one
+  index: str = ""  # as built by `ernie-jax index`; empty: exact search without one
+  model: Path | None = None  # where the model lies, if not where it lay when it encoded
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
   """Compiles a stage's training step for a TPU slice, without a TPU, and says what it would take."""
 
@@ -292,7 +303,6 @@ def encode(args: Sequence[str]) -> None:
     own = found.queries[chosen.texts] if query else found.corpus
     titles = [""] * len(store) if query else found.corpus.titles
     collection.write_texts(chosen.output, own.ids, titles, own.texts, said)
-    collection.write_source(chosen.output, chosen.model, settings)
   mesh.wait("texts")
   student = model.params["student"]
   collection.write(
@@ -300,6 +310,7 @@ def encode(args: Sequence[str]) -> None:
     query=query, late=chosen.late, dtype=chosen.dtype,
   )  # fmt: skip
   if mesh.leads():
+    collection.write_source(chosen.output, chosen.model, settings)
     print(f"{chosen.output}: {len(store)} {'queries' if query else 'passages'}")
     print(f"next: ernie-jax {'search ' + str(chosen.output) if not query else 'index DIR'}")
 
@@ -478,6 +489,27 @@ def plan(args: Sequence[str]) -> None:
   print(planning.table(planning.plan(chosen.config, chosen.stage, chosen.topology)))
 
 
+def serve(args: Sequence[str]) -> None:
+  chosen = parse(Serve, "serve", args)
+  try:
+    import fastapi  # noqa: F401
+    import uvicorn  # noqa: F401
+  except ImportError as error:
+    raise UserError(f"serve: {error.name} is not installed; pip install 'ernie-jax[serve]'") from error
+  from ernie_jax import progress
+  from ernie_jax import serve as service
+  from ernie_jax.search import Searcher
+
+  with service.listen(chosen.host, chosen.port) as own:  # first, for it fails at once
+    searcher = Searcher(chosen.directory, chosen.model, chosen.index)
+    service.warm(searcher)
+    progress.silence()  # each request would say what it encodes
+    api = service.app(searcher, service.names(chosen.host), service.examples(searcher))
+    SIGNALS.take(signal.SIGTERM)
+    print(f"{searcher.about['passages']:,} passages at {service.address(chosen.host, own)}", flush=True)
+    service.server(api).run([own])
+
+
 def show(hits: Sequence[Hit], matched: Sequence[str] = ()) -> None:
   for rank, hit in enumerate(hits, 1):
     print(f"{rank:3d}  {hit.score:6.3f}  {hit.title}\n             {shorten(hit.text, 160)}")
@@ -491,7 +523,8 @@ VERBS = {
   "index": index,
   "search": search,
   "evaluate": evaluate,
-  "data": data,
+  "serve": serve,
   "mine": mine,
+  "data": data,
   "plan": plan,
 }

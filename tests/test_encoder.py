@@ -5,9 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import TINY, distance
+import pytest
+from conftest import TINY, distance, make_rows
 
-from ernie_jax.encoder import Encoder, Noise, Rows, drop, seeds, split_last, unstack, with_dropout
+from ernie_jax import templates
+from ernie_jax.encoder import Encoder, Noise, Rows, drop, first, owned, seeds, split_last, unstack, with_dropout
 
 rng = np.random.default_rng(0)
 ENCODER = Encoder(TINY, jax.random.key(0))
@@ -39,6 +41,31 @@ def test_packed_rows_equal_padded_rows():
   expected = [padded[i, : len(t)] for i, t in enumerate(texts)]
   np.testing.assert_allclose(packed[0, :10], np.concatenate(expected[:3]), rtol=1e-4, atol=1e-5)
   np.testing.assert_allclose(packed[1, :11], np.concatenate(expected[3:]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_that_ends_with_its_unit_has_each_token_once():
+  """Places after the end of all rows show the last token again: it must not count."""
+  texts = [rng.integers(4, 50, size) for size in (4, 2, 6)]  # 6 + 4 and 8 tokens with [CLS] and [SEP], in rows of 8
+  ids = type("Ids", (), {"pad": 0, "cls": 1, "sep": 2, "mask": 3})
+  counts = lambda rows: (owned(jax.tree.map(jnp.asarray, rows)) != 0).sum(1).tolist()
+  layout = {"places": np.array([0, 8, 16]), "units": 1, "count": 3, "longest": 8}
+  packed = templates.rows([(text,) for text in texts], 8, ids, **layout)
+  assert counts(packed) == [6, 4, 8]
+  late = templates.rows([(text,) for text in texts], 8, ids, **layout | {"places": np.array([16, 0, 8])})
+  assert counts(late) == [6, 4, 8]
+  short = templates.rows([(texts[1],)], 8, ids, **layout | {"places": np.array([4]), "count": 1})
+  assert counts(short) == [4]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_last_layer_for_first_tokens_alone(packed):
+  parts = [[rng.integers(4, 50, size)] for size in (5, 2, 3, 1)]
+  texts = make_rows(np.random.default_rng(0), parts, 7, pack=(1, 14) if packed else (0, 0))
+  texts = jax.tree.map(jnp.asarray, texts)
+  whole, _ = encode(texts)
+  alone, own = jax.jit(lambda rows: ENCODER(rows, leads=True))(texts)
+  np.testing.assert_allclose(alone[:, 0], first(jnp.asarray(whole), texts), rtol=1e-5, atol=1e-6)
+  assert alone.shape[1] == own.shape[2] == 1
 
 
 def test_attention_is_a_distribution_over_the_own_segment():

@@ -35,6 +35,7 @@ ORDER = [
   "report",
   "recipe",
   "plan",
+  "serve",
   "verbs",
   "__main__",
 ]

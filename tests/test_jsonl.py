@@ -123,8 +123,21 @@ def test_damage_within_a_file_is_one_line_when_it_is_read(folder):
   assert list(data.corpus.ids) == ["p1", "p2"]
 
 
-@pytest.mark.parametrize("how", ["missing", "empty", "directory"])
-@pytest.mark.parametrize("name", ["corpus", "dev"])
+def test_a_corpus_alone_is_a_data_set_without_queries(folder):
+  for split in ("train", "dev", "test"):
+    (folder / f"{split}.jsonl").unlink()
+  found = load(folder)
+  assert list(found.corpus.ids) == ["p1", "p2"]
+  assert [len(found.queries[split].ids) for split in ("train", "dev", "test")] == [0, 0, 0]
+  (folder / "corpus.jsonl").unlink()
+  with pytest.raises(UserError, match=r"corpus\.jsonl"):
+    load(folder)
+
+
+@pytest.mark.parametrize(
+  ("name", "how"),
+  [("corpus", "missing"), ("corpus", "empty"), ("corpus", "directory"), ("dev", "empty"), ("dev", "directory")],
+)
 def test_a_file_that_is_none_is_named(folder, name, how):
   path = folder / f"{name}.jsonl"
   path.unlink()

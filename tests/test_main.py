@@ -30,7 +30,7 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize(
   ("args", "says"),
   [
-    (["train"], "unknown verb 'train'; known are run, search, evaluate, data, plan"),
+    (["train"], "unknown verb 'train'; known are run, encode, index, search, "),
     (["run"], "name a configuration file first"),
     (["run", "nowhere.py"], "nowhere.py: no such configuration file"),
     (["run", TINY, "--cascade.stepps", "3"], "--cascade.stepps"),
