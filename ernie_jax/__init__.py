@@ -22,11 +22,11 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   the training loop                     train.py
   words, the BM25 index                 bm25.py
   encoding, re-ranking                  retrieval.py
-  hard negatives                        mining.py
   an encoded corpus on disk             collection.py
   FAISS and Milvus                      index.py
   search over it, with hits             search.py
   metrics                               evaluate.py
+  hard negatives                        mining.py
   curves and tables as one page         report.py
   the training strategy, stage by stage recipe.py
   a pod run, planned by the compiler    plan.py

@@ -40,6 +40,9 @@ USAGE = """usage: ernie-jax VERB ...
   data NAME --from DIR [--skip-bad N] [--start CHECKPOINT_DIR] ...
       prepare a data set and show what is in it: counts, lengths in tokens, samples, and the command that trains on it;
       NAME is docstrings (of installed packages, without --from), jsonl, msmarco, dpr, beir, dureader or squad
+  mine RUN [--first 1] [--last 30] [--sample 10] [--margin 0.0] [--denoise 0.1] [--output negatives.trec]
+      hard negatives of the training queries from the run's student, without what its cross-encoder takes for right,
+      as a TREC run; the cross-encoder's scores beside it
   plan CONFIG --topology v5e:16x16 [--stage cascade] [--sweep] [--cascade.batch 4096] ...
       memory, communication and time of a stage's step on a TPU slice, from the compiler, without a TPU
 

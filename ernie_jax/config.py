@@ -10,9 +10,9 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, BinaryIO, Literal, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -50,12 +50,19 @@ def check(condition: bool, field: str, value: Any, remedy: str) -> None:
 
 
 def write(path: Path, content: bytes | str | Iterable[str]) -> None:
-  """Writes a whole file or none: to a temporary name in the same folder, then renamed. `UserError` if it cannot."""
-  temporary = path.with_name(f"{path.name}.writing-{os.getpid()}")
+  """Writes a whole file or none. `UserError` if it cannot."""
   chunks = [content] if isinstance(content, bytes | str) else content
+  with writing(path) as file:
+    file.writelines(chunk.encode() if isinstance(chunk, str) else chunk for chunk in chunks)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+  """A file with a temporary name in the same folder, renamed when it is whole. `UserError` if it cannot be written."""
+  temporary = path.with_name(f"{path.name}.writing-{os.getpid()}")
   try:
     with open(temporary, "wb") as file:
-      file.writelines(chunk.encode() if isinstance(chunk, str) else chunk for chunk in chunks)
+      yield file
     os.replace(temporary, path)
   except OSError as error:
     raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
@@ -314,20 +321,42 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class Mine:
-  """Hard negatives: the current student's ranks first..last, known positives and equal texts left out."""
+  """Hard negatives: the current student's ranks first..last, known positives and equal texts left out.
+
+  With `denoise` or `margin`, the warmed-up cross-encoder takes out mined ones before the cascade.
+  """
 
   first: int = 1
   last: int = 30
   sample: int | None = None  # so many of these ranks, drawn from the seed; None: all
-  denoise: float | None = None  # only those with at most this cross-encoder probability (RocketQA: 0.1)
+  # Only those with at most this cross-encoder probability (RocketQA: 0.1, of one trained on single pairs; ours learns
+  # from lists, where only differences of logits count: there use `margin`).
+  denoise: float | None = None
   margin: float | None = None  # only those whose logit is this far below the known positive's
   use: Literal["mined", "given", "both"] = "mined"  # given: the data set's own
+  refresh: int = 0  # steps of the cascade after which its student mines again; 0: never
 
   def __post_init__(self):
     check_choices(self, "mine.")
     check(1 <= self.first <= self.last, "mine.first", self.first, f"must lie in 1..mine.last={self.last}")
     check(self.sample is None or self.sample >= 1, "mine.sample", self.sample, "must be at least 1, or None for all")
     check(self.denoise is None or 0 < self.denoise < 1, "mine.denoise", self.denoise, "is a probability, in (0, 1)")
+    check(self.margin is None or not math.isnan(self.margin), "mine.margin", self.margin, "must be a number, or None")
+    check(self.refresh >= 0, "mine.refresh", self.refresh, "must be 0 (never) or more")
+    for field, value in {"denoise": self.denoise, "margin": self.margin, "refresh": self.refresh or None}.items():
+      remedy = "is about mined negatives, of which mine.use='given' takes none: leave it out"
+      check(self.use != "given" or value is None, f"mine.{field}", value, remedy)
+
+  @property
+  def judged(self) -> bool:
+    """Whether the cross-encoder reads what is mined."""
+    return self.denoise is not None or self.margin is not None
+
+  @property
+  def wanted(self) -> int:
+    """Hard negatives of a query."""
+    ranks = self.last - self.first + 1
+    return ranks if self.sample is None else min(self.sample, ranks)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,15 +41,15 @@ def write_run(run: Run, path: str | Path, tag: str) -> None:
   Scores keep every digit: `read_run` gives back the same numbers. Raises `UserError` for ids that hold
   white space, NaN, an empty run and a path that cannot be written; an older file then stays as it was.
   """
-
-  def lines() -> Iterator[str]:
-    for qid, scores in run.items():
-      for rank, pid in enumerate(ranked(scores), 1):
-        yield f"{_id(qid, path)} Q0 {_id(pid, path)} {rank} {float(scores[pid])!r} {_id(tag, path)}\n"
-
   if not any(run.values()):
     raise UserError(f"{path}: the run is empty: give it at least one query with one passage")
-  config.write(Path(path), lines())
+  config.write(Path(path), (line for qid, scores in run.items() for line in lines(qid, scores, path, tag)))
+
+
+def lines(qid: str, scores: dict[str, float], path: str | Path, tag: str) -> Iterator[str]:
+  """The lines of one query in a run; `path` is for errors."""
+  for rank, pid in enumerate(ranked(scores), 1):
+    yield f"{_id(qid, path)} Q0 {_id(pid, path)} {rank} {float(scores[pid])!r} {_id(tag, path)}\n"
 
 
 def read_run(path: str | Path) -> Run:
@@ -58,7 +58,12 @@ def read_run(path: str | Path) -> Run:
   Raises `UserError` with `path:line` for other than six columns, a score that is not a number, a passage
   given twice to a query or bytes that are not UTF-8; with `path` for a missing or empty file.
   """
-  return _read(path, "qid Q0 pid rank score tag", value=4, parse=_score)
+  return _read(scored(path))
+
+
+def scored(path: str | Path) -> Iterator[tuple[str, str, str, float]]:
+  """A run line by line: `path:line`, query id, passage id, score. Raises `UserError` as `read_run` does."""
+  return _parsed(path, "qid Q0 pid rank score tag", value=4, parse=_score)
 
 
 def write_qrels(qrels: Qrels, path: str | Path) -> None:
@@ -71,7 +76,7 @@ def write_qrels(qrels: Qrels, path: str | Path) -> None:
 
 def read_qrels(path: str | Path) -> Qrels:
   """Reads `qid 0 pid rel`; raises `UserError` as `read_run` does."""
-  return _read(path, "qid 0 pid rel", value=3, parse=_relevance)
+  return _read(_parsed(path, "qid 0 pid rel", value=3, parse=_relevance))
 
 
 def read_queries(path: str | Path) -> dict[str, str]:
@@ -93,23 +98,27 @@ def _id(text: str, path: str | Path) -> str:
   return text
 
 
-def _read(path: str | Path, columns: str, value: int, parse: Callable[[str], T]) -> dict[str, dict[str, T]]:
+def _read(parsed: Iterable[tuple[str, str, str, T]]) -> dict[str, dict[str, T]]:
   result: dict[str, dict[str, T]] = {}
+  for where, qid, pid, value in parsed:
+    passages = result.setdefault(qid, {})
+    if pid in passages:
+      raise UserError(f"{where}: passage {pid!r} is given twice to query {qid!r}: remove one of them")
+    passages[pid] = value
+  return result
+
+
+def _parsed(path: str | Path, columns: str, value: int, parse: Callable[[str], T]) -> Iterator[tuple[str, str, str, T]]:
   count = len(columns.split())
   for where, line in _lines(path, columns):
     cells = line.split()
     if len(cells) != count:
       raise UserError(f"{where}: {len(cells)} columns, expected {count}: {columns}")
-    qid, pid = cells[0], cells[2]
     try:
       parsed = parse(cells[value])
     except ValueError as error:
       raise UserError(f"{where}: column {value + 1} is {cells[value]!r}, expected {error}") from None
-    passages = result.setdefault(qid, {})
-    if pid in passages:
-      raise UserError(f"{where}: passage {pid!r} is given twice to query {qid!r}: remove one of them")
-    passages[pid] = parsed
-  return result
+    yield where, cells[0], cells[2], parsed
 
 
 def _lines(path: str | Path, columns: str) -> Iterator[tuple[str, str]]:

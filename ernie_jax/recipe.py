@@ -1,9 +1,10 @@
 """The training strategy from end to end, as stages (METHOD: training strategy).
 
-  prepare -> baselines -> interaction -> mine -> warmup -> check -> cascade -> encode -> evaluate
+  prepare -> baselines -> interaction -> mine -> warmup -> check -> denoise -> cascade -> encode -> evaluate
 
 Each stage owns a folder of the run and ends by writing `manifest.json` there; a stage that has one is done, and its
-result is read back. So the same command, given again, continues where it was stopped.
+result is read back. So the same command, given again, continues where it was stopped. `denoise` is a stage only where
+`mine.denoise` or `mine.margin` asks for it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from ernie_jax import (
   batches,
   checkpoints,
   collection,
-  columns,
   config,
   datasets,
   encoder,
@@ -48,9 +48,10 @@ from ernie_jax.progress import clock, say
 from ernie_jax.scores import Params, Student, Teacher, late_width
 from ernie_jax.train import finished, train
 
-STAGES = ("prepare", "baselines", "interaction", "mine", "warmup", "check", "cascade", "encode", "evaluate")
+STAGES = ("prepare", "baselines", "interaction", "mine", "warmup", "check", "denoise", "cascade", "encode", "evaluate")
 TRAINED = ("interaction", "warmup", "cascade")
 DEPTH = 100  # of the dual-encoder's run files
+NEGATIVES = "negatives.trec"
 
 
 @dataclasses.dataclass
@@ -118,16 +119,20 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
     current = prepare(directory, settings)
     current.stage("baselines", lambda _: baselines(current))
     interaction = fit(current, "interaction", current.params, None)
-    mining = current.stage("mine", lambda place: mine(current, interaction, place))
-    negatives = mined(current)
+    mined = current.stage("mine", lambda place: mine(current, interaction, place))
+    negatives = hard(current, directory / "mine" / NEGATIVES)
     warm = fit(current, "warmup", interaction, negatives)
     check = current.stage("check", lambda _: check_teacher(current, interaction, warm))
+    if settings.mine.judged:
+      current.stage("denoise", lambda place: denoise(current, warm, place))
+      negatives = hard(current, directory / "denoise" / NEGATIVES)
     cascade = fit(current, "cascade", warm, negatives)
     encoding = current.stage("encode", lambda place: encode(current, cascade, place))
-    best = "interaction" if mining["dev"]["MRR@10"] > encoding["dev"]["MRR@10"] else "cascade"
+    best = "interaction" if mined["dev"]["MRR@10"] > encoding["dev"]["MRR@10"] else "cascade"
     students = {"interaction": interaction, "cascade": cascade}
     results = current.stage("evaluate", lambda _: measure(current, students, best))
-  stages = {name: read(directory / name / "manifest.json") for name in STAGES}
+  done = [name for name in STAGES if name != "denoise" or settings.mine.judged]
+  stages = {name: read(directory / name / "manifest.json") for name in done}
   results = {k: v for k, v in results.items() if k != "seconds"}
   manifest = {
     "config": dataclasses.asdict(settings),
@@ -383,7 +388,7 @@ def baselines(current: Run) -> dict[str, Any]:
   }
 
 
-def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | None) -> Params:
+def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Params:
   """Trains a stage from the given parameters, or reads its result back."""
   stage: config.Train = getattr(current.config, name)
   place = current.directory / name
@@ -393,19 +398,24 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
   trained: list[Params] = []  # handed out of the stage
 
   def work(place: Path) -> dict[str, Any]:
+    queries = current.queries["train"]
     texts = batches.Texts(
-      current.queries["train"],
+      queries,
       current.passages,
       current.identity,
       current.data.queries["train"].positives,
-      columns.ragged([np.zeros(0, int)] * len(current.queries["train"]) if negatives is None else negatives),
+      Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64)) if negatives is None else negatives,
       current.tokenizer,
     )
     seed = 1000 * TRAINED.index(name) + current.config.seed
     settings = current.config
     measuring = dev_slice(current) if stage.measure_every else None
     metric = settings.evaluate.metric
-    found = train(place, params, texts, settings.model, settings.data, stage, seed, measuring, metric)
+    every = settings.mine.refresh if name == "cascade" else 0
+    again = functools.partial(refresh, current, place, texts) if every else None
+    found = train(
+      place, params, texts, settings.model, settings.data, stage, seed, measuring, metric, refresh=again, every=every
+    )
     trained.append(found.params)
     return {
       "steps": stage.steps,
@@ -414,6 +424,7 @@ def fit(current: Run, name: str, params: Params, negatives: list[np.ndarray] | N
       "kept": found.step,
       "best": found.best,
       "skipped": found.skipped,
+      **({"refreshed": [*range(every, stage.steps, every)]} if every else {}),
       "compilations": found.compilations,
     }
 
@@ -498,35 +509,68 @@ def encoded_in(name: str) -> str:
 def mine(current: Run, params: Params, place: Path) -> dict[str, Any]:
   """Hard negatives of the training queries from the interaction-distilled student, as a TREC run."""
   passages, dev = encode_corpus(current, params, place)
-  queries = current.encode(params, current.queries["train"], "training queries", late=False)
-  values, rows = mining.mine(
-    queries.vectors,
-    passages.vectors,
-    current.data.queries["train"].positives,
-    current.identity,
-    current.config.mine,
-    order=passages.passages.order,
-    seed=current.config.seed,
-  )
-  current.write_run(current.as_run("train", values, rows), place / "negatives.trec", "mined")
-  return {"dev": dev, "negatives_per_query": float((rows >= 0).sum(1).mean())}
+  found = mining_blocks(current, params, passages, current.config.seed)
+  return {"dev": dev, **write_negatives(current, found, place / NEGATIVES)}
 
 
-def mined(current: Run) -> list[np.ndarray]:
-  """Passage rows of each training query's hard negatives: from the run file, or given (`mine.use`)."""
+def mining_blocks(
+  current: Run, params: Params, passages: collection.Collection, seed: int | list[int]
+) -> Iterator[mining.Block]:
+  """Mines with a student in the corpus that it encoded."""
+  encode = lambda queries: current.encode(params, queries, "training queries", late=False).vectors
+  positives = current.data.queries["train"].positives
+  queries, settings = current.queries["train"], current.config.mine
+  return mining.search(encode, queries, passages, positives, current.identity, settings, seed)
+
+
+def judged(current: Run, params: Params, found: Iterable[mining.Block]) -> Iterator[mining.Block]:
+  """Denoised by a cross-encoder."""
+  queries, positives = current.queries["train"], current.data.queries["train"].positives
+  return mining.judge(found, params, queries, current.passages, positives, current.template, current.config.mine)
+
+
+def write_negatives(current: Run, found: Iterable[mining.Block], path: Path) -> dict[str, Any]:
+  return mining.write(path, found, current.data.queries["train"].ids, current.data.corpus.ids)
+
+
+def hard(current: Run, path: Path) -> Ragged:
+  """Passage rows of each training query's hard negatives: from the run file, or given (`mine.use`), or both."""
   queries, use = current.data.queries["train"], current.config.mine.use
-  given = list(queries.negatives)
   if use == "given":
-    return given
-  path = current.directory / "mine" / "negatives.trec"
-  run = evaluate.read_run(path)
-  ranked = (evaluate.ranked(run.get(query, {})) for query in queries.ids)
-  found = [current.data.corpus.lookup(names) for names in ranked]
-  if any((rows < 0).any() for rows in found):
-    raise UserError(f"{path}: names passages that the corpus lacks; delete {path.parent}, and the run makes it again")
-  if use == "mined":
-    return found
-  return [np.array([*dict.fromkeys([*own, *more])], int) for own, more in zip(found, given)]
+    return queries.negatives
+  mined, _ = mining.read(path, queries, current.data.corpus)
+  return mined if use == "mined" else mining.joined(mined, queries.negatives)
+
+
+def denoise(current: Run, params: Params, place: Path) -> dict[str, Any]:
+  """The mined negatives without those that the warmed-up cross-encoder takes for right."""
+  data = current.data
+  path = current.directory / "mine" / NEGATIVES
+  found = mining.reread(path, data.queries["train"], data.corpus, current.config.mine)
+  result = write_negatives(current, judged(current, params, found), place / NEGATIVES)
+  say(f"  {mining.summary(result)}")
+  return result
+
+
+def refresh(current: Run, place: Path, texts: batches.Texts, params: Params | None, done: int) -> batches.Texts:
+  """The texts with hard negatives of the student after so many steps: those in the stage's folder, or mined now.
+
+  The corpus that the student encodes for it is left where a killed run finds it, until they are written.
+  """
+  path, corpus = folder(place / "negatives") / f"{done}.trec", place / "corpus"
+  if not mesh.told(mesh.leads() and path.is_file()):
+    if params is None:
+      raise UserError(f"{path}: is missing; delete {place}, and the stage is trained again")
+    say(f"  step {done}: hard negatives again, by the student of now")
+    c = current.config
+    about = ("../../prepare", current.data.fingerprint)
+    collection.write(corpus, params["student"], c.model, current.passages, current.template, *about)
+    found = mining_blocks(current, params, collection.load(corpus), [c.seed, done])
+    say(
+      f"  {mining.summary(write_negatives(current, judged(current, params, found) if c.mine.judged else found, path))}"
+    )
+  lead(f"{path} is read", lambda: shutil.rmtree(corpus, ignore_errors=True))
+  return dataclasses.replace(texts, negatives=hard(current, path))
 
 
 def check_teacher(current: Run, student_params: Params, teacher_params: Params) -> dict[str, Any]:

@@ -26,6 +26,7 @@ TOKENS = {"cpu": 1024}  # that a device encodes at once: what a layer makes of t
 TOKENS_ELSEWHERE = 2**16
 SHORTEST = 16  # tokens of a row
 SHARED = 4  # most texts of a row
+PAIRS = 2**15  # of query and passage whose rows are laid out at once: the time that takes grows with their square
 MEMORY = 2**31  # bytes of token vectors held at once where they are made as they are needed
 
 
@@ -230,21 +231,23 @@ def rerank_cross(
   template: Template,
 ) -> np.ndarray:
   """The cross-encoder's logit of each query with its candidates (passage rows [Q, k]) -> [Q, k]; -inf for row -1."""
-  asked, place = np.nonzero(candidates >= 0)
-  rows = candidates[asked, place]
   values = np.full(candidates.shape, -np.inf, np.float32)
-  sizes = template.pair_sizes(queries.lengths[asked], passages.lengths[rows])
-
-  def make(pairs: list[int], length: int, **layout: Any) -> Rows:
-    read = [template.query(queries[int(asked[i])]) for i in pairs]
-    return template.pairs(read, [template.passage(passages[int(rows[i])]) for i in pairs], length, **layout)
-
   devices = mesh.make()
   held = mesh.whole(params, devices)
   apply = lambda rows: _cross(held, rows)
-  with Progress("re-rank (cross-encoder)", len(rows), "pairs") as bar:
-    for pairs, result in _each(sizes, template.data.pair_length, make, apply, bar, devices):
-      values[asked[pairs], place[pairs]] = result
+  every, lengths = np.nonzero(candidates >= 0), (queries.lengths, passages.lengths)
+  with Progress("re-rank (cross-encoder)", len(every[0]), "pairs") as bar:
+    for begin in range(0, len(every[0]), PAIRS):
+      asked, place = (x[begin : begin + PAIRS] for x in every)
+      rows = candidates[asked, place]
+
+      def make(pairs: list[int], length: int, **layout: Any) -> Rows:
+        read = [template.query(queries[int(asked[i])]) for i in pairs]
+        return template.pairs(read, [template.passage(passages[int(rows[i])]) for i in pairs], length, **layout)
+
+      sizes = template.pair_sizes(lengths[0][asked], lengths[1][rows])
+      for pairs, result in _each(sizes, template.data.pair_length, make, apply, bar, devices):
+        values[asked[pairs], place[pairs]] = result
   return values
 
 

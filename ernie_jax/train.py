@@ -9,7 +9,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,18 @@ class Stop:
       return self.asked
     return signal.SIGTERM if mesh.asked_to_stop() else 0
 
+  @contextlib.contextmanager
+  def lifted(self) -> Iterator[None]:
+    """For a long job between two steps, after a save: one process answers at once, as outside of the loop."""
+    if jax.process_count() > 1:
+      yield
+      return
+    self.__exit__(None, None, None)
+    try:
+      yield
+    finally:
+      self.__enter__()
+
   def __exit__(self, kind, value, trace) -> None:
     for number, handler in self.before.items():
       signal.signal(number, handler)
@@ -84,19 +96,24 @@ def train(
   seed: int,
   measure: Callable[[Params], dict[str, float]] | None = None,
   metric: str = "",
+  refresh: Callable[[Params | None, int], batches.Texts] | None = None,
+  every: int = 0,
 ) -> Trained:
   """Trains one stage in `directory`, or continues it.
 
   Call under `jax.set_mesh(mesh.make())`. `measure` gives dev metrics every `stage.measure_every` steps, of which
-  `metric` decides which step is best. Leaves `checkpoints/` (state and data position), `log.jsonl` (every term of every
-  step) and TensorBoard events. Raises `Interrupted` after Ctrl-C or SIGTERM; `UserError` after `step.MOST_SKIPPED`
-  steps in a row without a finite gradient, and where a checkpoint cannot be written.
+  `metric` decides which step is best. `refresh` gives, after every `every` steps, the texts that training goes on with,
+  from the parameters (in the host's memory) and the number of steps; or again, for a stage that continues and no longer
+  has those parameters, from None and that number. Leaves `checkpoints/` (state and data position), `log.jsonl` (every
+  term of every step) and TensorBoard events. Raises `Interrupted` after Ctrl-C or SIGTERM; `UserError` after
+  `step.MOST_SKIPPED` steps in a row without a finite gradient, and where a checkpoint cannot be written.
   """
   # ---- Data, state: from the newest checkpoint, else from the given parameters.
   grid = mesh.make()
   step.divides(stage, grid.devices.size)
   layout = batches.layout(data, stage, grid.devices.size, texts)
-  iterator = batches.batches(texts, data, stage, seed, layout, mesh.share(grid, stage.batch))
+  read = lambda texts: batches.batches(texts, data, stage, seed, layout, mesh.share(grid, stage.batch))
+  iterator = read(texts)
   key = jax.random.fold_in(jax.random.key(seed), 0x7EA)  # not the key that made the parameters
   work = cost.flops(*shapes(params), model, stage, data, layout.rows(stage.batch))
   state: Any = step.init_state(mesh.whole(jax.tree.map(np.array, params), grid), model, stage)  # a copy, to be donated
@@ -104,7 +121,9 @@ def train(
   best: dict[str, Any] | None = None
 
   saved = Checkpoints(directory / "checkpoints", stage.keep)
-  with Stop() as stop, contextlib.closing(iterator), saved as checkpoints:  # which waits for its last save
+  # In the end the iterator is closed, whichever it is by then; checkpoints wait for their last save.
+  with Stop() as stop, contextlib.ExitStack() as end, saved as checkpoints:
+    end.callback(lambda: iterator.close())
     if checkpoints.any():
       like, state = described(state), None  # there is room for one state only
       state, position, best = checkpoints.newest(like)
@@ -117,6 +136,14 @@ def train(
     start = time.monotonic()
     with Progress(directory.name, stage.steps, "steps", done) as bar, _Log(directory, stage, done) as log:
       for number in range(done + 1, stage.steps + 1):
+        if refresh is not None and number > every and (number == done + 1 or (number - 1) % every == 0):
+          last = (number - 1) // every * every
+          with stop.lifted():
+            texts = refresh(jax.device_get(state.params) if last == number - 1 else None, last)
+          position = iterator.get_state()
+          iterator.close()
+          iterator = read(texts)
+          iterator.set_state(position)  # the same examples, with other negatives
         began = time.monotonic()
         batch = next(iterator)
         try:
@@ -153,7 +180,7 @@ def train(
             best = {"step": number, "metrics": dev}
         log.write(number, terms, speed, dev, time.monotonic() - start)
         stopping = stop.after_step() or stopping  # read once: it may change at any moment
-        if number % stage.checkpoint_every == 0 or due or stopping:
+        if number % stage.checkpoint_every == 0 or due or stopping or (every and number % every == 0):
           checkpoints.save(state, iterator.get_state(), best)
         bar.advance(1, f"loss {terms['total']:.3f}" + (f", {metric} {dev[metric]:.3f}" if dev else ""))
         if stopping:

@@ -79,6 +79,25 @@ class Search:
 
 
 @dataclasses.dataclass(frozen=True)
+class Mine:
+  """Mines hard negatives of a split's queries with a finished run's student; its cross-encoder takes out right ones.
+
+  With --denoise or --margin the cross-encoder reads all that is found, and the known positives; its logits are written
+  too, beside the negatives (negatives.cross.trec). With --margin None alone it reads nothing, which is much faster.
+  """
+
+  run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # a finished run, or an encoded corpus
+  first: int = 1  # ranks of the student, known positives and passages with their texts left out
+  last: int = 30
+  sample: int | None = None  # so many of these ranks, drawn; None: all
+  denoise: float | None = None  # drop those with a larger probability: for a cross-encoder trained on single pairs
+  margin: float | None = 0.0  # drop those that do not come so many logits below the best known positive
+  split: Literal["train", "dev", "test"] = "train"  # whose queries
+  seed: int = 0  # of --sample
+  output: Path = Path("negatives.trec")
+
+
+@dataclasses.dataclass(frozen=True)
 class Serve:
   """Serves a page that searches a finished run or an encoded corpus, and the JSON behind it, until Ctrl-C."""
 
@@ -428,6 +447,36 @@ def rankings(chosen: Evaluate, k: int) -> tuple[Qrels, Iterator[tuple[str, Run]]
   return data.qrels(chosen.split), ((name, searcher.as_run(queries.ids, *own)) for name, own in found)
 
 
+def mine(args: Sequence[str]) -> None:
+  chosen = parse(Mine, "mine", args)
+  from ernie_jax import config, datasets, mesh, mining, tokens
+  from ernie_jax.search import Searcher
+
+  settings = config.Mine(chosen.first, chosen.last, chosen.sample, chosen.denoise, chosen.margin)
+  searcher = Searcher(chosen.run)
+  model = searcher.model
+  data = datasets.load(searcher.data)
+  if data.fingerprint != (known := searcher.corpus.about["corpus"]):
+    raise UserError(f"{chosen.run}: was made with data set {known}, which is {data.fingerprint} now; run it again")
+  if not len(data.queries[chosen.split].ids):
+    raise UserError(f"--split {chosen.split}: data set {searcher.data.name!r} has no such queries")
+  import jax
+
+  SIGNALS.take(signal.SIGTERM)
+  queries, passages = (tokens.store(data, s, model.template.tokenizer, searcher.data) for s in (chosen.split, "corpus"))
+  encode = lambda own: model.encode(own, query=True, late=False).vectors
+  own = data.queries[chosen.split]
+  with jax.set_mesh(mesh.make()):
+    found = mining.search(encode, queries, searcher.corpus, own.positives, data.corpus.identity, settings, chosen.seed)
+    if settings.judged:
+      found = mining.judge(found, model.params, queries, passages, own.positives, model.template, settings)
+    result = mining.write(chosen.output, found, own.ids, data.corpus.ids)
+  print(f"{chosen.output}: {len(own.ids):,} queries; {mining.summary(result)}")
+  if settings.judged:
+    print(f"{mining.beside(chosen.output)}: logits of all that the cross-encoder read, known positives among it")
+  print(f"next: ernie-jax run CONFIG --mine.last {chosen.last} --mine.margin {chosen.margin} trains on such negatives")
+
+
 def plan(args: Sequence[str]) -> None:
   named, settings = named_config(args, "plan", "configs/msmarco.py --topology v5e:16x16")
   chosen = parse(Plan, "plan CONFIG", args[named:], Plan(settings))
@@ -475,6 +524,7 @@ VERBS = {
   "search": search,
   "evaluate": evaluate,
   "serve": serve,
+  "mine": mine,
   "data": data,
   "plan": plan,
 }

@@ -17,6 +17,7 @@ from ernie_jax.__main__ import main
 from ernie_jax.search import Searcher
 
 ROOT = Path(__file__).parent.parent
+TINY = [str(ROOT / "configs" / "tiny.py"), "--mine.sample", "5", "--mine.margin", "0", "--mine.refresh", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def begin(place: Path, output: Path) -> subprocess.Popen:
     "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   }
-  command = [sys.executable, "-m", "ernie_jax", "run", "configs/tiny.py", "--output", str(output)]
+  command = [sys.executable, "-m", "ernie_jax", "run", *TINY, "--output", str(output)]
   return subprocess.Popen(
     [*command, "--data.cache", str(place / "cache")],
     cwd=ROOT,
@@ -109,8 +110,35 @@ def test_mined_negatives_are_no_positives(whole):
   assert set(mined) == set(qrels)
   for query, passages in mined.items():
     known = {text[passage] for passage in qrels[query]}
-    assert len(passages) == 20
+    assert len(passages) == 5
     assert not known & {text[passage] for passage in passages}
+
+
+def test_the_cascade_trains_on_what_the_cross_encoder_left_and_mines_again(whole):
+  """Of each denoised list: what was mined, without what the logits beside it say."""
+  directory, _ = whole
+  manifest = json.loads((directory / "manifest.json").read_text())
+  qrels = evaluate.read_qrels(directory / "prepare" / "qrels.train.trec")
+  before = evaluate.read_run(directory / "mine" / "negatives.trec")
+  assert manifest["stages"]["cascade"]["refreshed"] == [4, 8]
+  assert not (directory / "cascade" / "corpus").exists()
+  again = [directory / "cascade" / "negatives" / f"{step}.trec" for step in (4, 8)]
+  for path in (directory / "denoise" / "negatives.trec", *again):
+    kept, logits = evaluate.read_run(path), evaluate.read_run(path.with_suffix(".cross.trec"))
+    assert set(logits) == set(qrels)
+    dropped = 0
+    for query, read in logits.items():
+      best = max(read[passage] for passage in qrels[query])
+      found = read.keys() - qrels[query].keys()
+      assert len(found) == 5
+      assert path in again or found == before[query].keys()
+      left = {passage for passage in found if read[passage] <= best}
+      assert left == kept.get(query, {}).keys()
+      dropped += len(found) - len(left)
+    assert dropped > 0
+    if path not in again:
+      assert manifest["stages"]["denoise"]["dropped"] == {"margin": dropped}
+  assert again[0].read_bytes() != again[1].read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -121,16 +149,62 @@ def test_negatives_come_from_where_the_configuration_says(tmp_path, use, expecte
   corpus = types.SimpleNamespace(lookup=columns.Lookup.of([f"p{i}" for i in range(5)]))
   given = columns.ragged([np.array([1, 0, 3], np.int32), np.array([2], np.int32)])
   queries = recipe.datasets.Queries(["q0", "q1"], ["x", "y"], columns.ragged([np.array([2], np.int32)] * 2), given)
-  (tmp_path / "mine").mkdir()
-  evaluate.write_run({"q0": {"p0": 0.1, "p4": 0.9}}, tmp_path / "mine" / "negatives.trec", "mined")
+  path = tmp_path / "negatives.trec"
+  evaluate.write_run({"q0": {"p0": 0.1, "p4": 0.9}}, path, "mined")
   data = recipe.datasets.Dataset(corpus, {"train": queries}, "")
   settings = recipe.config.Config(mine=recipe.config.Mine(use=use))
-  current = types.SimpleNamespace(directory=tmp_path, config=settings, data=data)
-  assert [found.tolist() for found in recipe.mined(current)] == expected
+  current = types.SimpleNamespace(config=settings, data=data)
+  assert [found.tolist() for found in recipe.hard(current, path)] == expected
   if use != "given":
-    evaluate.write_run({"q0": {"p9": 0.1}}, tmp_path / "mine" / "negatives.trec", "mined")
+    evaluate.write_run({"q0": {"p9": 0.1}}, path, "mined")
     with pytest.raises(recipe.UserError, match="names passages that the corpus lacks"):
-      recipe.mined(current)
+      recipe.hard(current, path)
+
+
+def test_the_verb_mine_is_its_definition(whole, tmp_path, capsys):
+  """The student's ranking without known positives; without what its cross-encoder scores too high; a part of it."""
+  directory, _ = whole
+  plain, denoised, sample = (tmp_path / f"{name}.trec" for name in ("plain", "denoised", "sample"))
+  command = ["mine", str(directory), "--split", "dev", "--first", "2", "--last", "9"]
+  assert main([*command, "--margin", "None", "--output", str(plain)]) == 0
+  assert [p.name for p in tmp_path.iterdir()] == ["plain.trec"]  # the cross-encoder read nothing
+  found, qrels = evaluate.read_run(plain), evaluate.read_qrels(directory / "prepare" / "qrels.dev.trec")
+  ranking = evaluate.read_run(directory / "runs" / f"dev.dual.{Searcher(directory).corpus.directory.name}.trec")
+  assert set(found) == set(qrels)
+  for query, own in found.items():
+    assert list(own) == [p for p in evaluate.ranked(ranking[query]) if p not in qrels[query]][1:9]
+  assert main([*command, "--denoise", "0.5", "--margin", "0.1", "--output", str(denoised)]) == 0
+  kept, logits = evaluate.read_run(denoised), evaluate.read_run(tmp_path / "denoised.cross.trec")
+  high, near = 0, 0
+  for query, own in found.items():
+    assert logits[query].keys() == own.keys() | qrels[query].keys()
+    best = max(logits[query][p] for p in qrels[query])
+    wrong = [logits[query][p] > 0 for p in own]
+    close = [logits[query][p] > best - 0.1 for p in own]
+    assert list(kept.get(query, {})) == [p for p, a, b in zip(own, wrong, close) if not a and not b]
+    high, near = high + sum(wrong), near + sum(b and not a for a, b in zip(wrong, close))
+  said = capsys.readouterr().out
+  assert f"{high:,} by probability, {near:,} by margin" in said
+  assert main([*command, "--sample", "3", "--margin", "None", "--output", str(sample)]) == 0
+  for query, own in evaluate.read_run(sample).items():
+    assert len(own) == 3
+    assert own.items() <= found[query].items()
+
+
+@pytest.mark.parametrize(
+  ("flags", "says"),
+  [
+    (["--first", "5", "--last", "4"], "mine.first=5: must lie in 1..mine.last=4"),
+    (["--output", "/nowhere/negatives.trec"], "/nowhere/negatives.trec: cannot be written"),
+    (["--margin", "99"], "no hard negative is left"),
+  ],
+)
+def test_a_mistake_in_mining_is_one_line(whole, flags, says, tmp_path, monkeypatch, capsys):
+  directory, _ = whole
+  monkeypatch.chdir(tmp_path)
+  assert main(["mine", str(directory), "--split", "dev", *flags]) == 2
+  assert says in capsys.readouterr().err.splitlines()[-1]
+  assert not list(tmp_path.iterdir())
 
 
 def test_search_finds_a_passage_by_its_own_words(whole, capsys):
@@ -169,6 +243,7 @@ INTERRUPTIONS = {
   "mine": signal.SIGKILL,
   "warmup": signal.SIGINT,
   "check": signal.SIGINT,
+  "denoise": signal.SIGINT,
   "cascade": signal.SIGKILL,
   "encode": signal.SIGINT,
   "evaluate": signal.SIGKILL,
@@ -211,14 +286,14 @@ def test_no_interruption_changes_the_result(whole, place, capsys):
     terms = lambda directory: [json.loads(line)["terms"] for line in log_lines(directory)]
     assert terms(output) == terms(expected)
   # Given once more, the command finds everything done.
-  command = ["run", str(ROOT / "configs" / "tiny.py"), "--output", str(output)]
+  command = ["run", *TINY, "--output", str(output)]
   assert main([*command, "--data.cache", str(place / "cache")]) == 0
   assert capsys.readouterr().err.count("done before") == len(recipe.STAGES) - 1  # prepare loads the data in any case
 
 
 def test_another_configuration_in_the_same_folder_is_refused(whole, capsys):
   directory, _ = whole
-  assert main(["run", str(ROOT / "configs" / "tiny.py"), "--output", str(directory), "--seed", "3"]) == 2
+  assert main(["run", *TINY, "--output", str(directory), "--seed", "3"]) == 2
   message = capsys.readouterr().err
   assert "holds a run with" in message
   assert message.count("\n") == 1
@@ -232,7 +307,7 @@ def test_a_run_that_began_with_other_weights_is_not_continued(whole, capsys):
   changed["begun"]["weights"] = ["0123456789abcdef", "random"]
   try:
     path.write_text(json.dumps(changed))
-    command = ["run", str(ROOT / "configs" / "tiny.py"), "--output", str(directory)]
+    command = ["run", *TINY, "--output", str(directory)]
     assert main([*command, "--data.cache", str(directory.parent / "cache")]) == 2
   finally:
     path.write_text(raw)

@@ -161,6 +161,82 @@ def test_stopped_and_continued_equals_uninterrupted_bit_for_bit(whole, params, t
   same(got.params, expected.params)
 
 
+def refreshing(folder, texts):
+  """Hard negatives that hang on the parameters; a stage that continues finds them in a file."""
+  calls = []
+
+  def refresh(params, done):
+    path = folder / f"negatives-{done}.npy"
+    calls.append((done, params is not None))
+    if not path.is_file():
+      weights = np.concatenate([np.ravel(x) for x in jax.tree.leaves(params["student"])]).astype(np.float64)
+      np.save(path, np.argsort(np.sin(1e6 * weights[: 20 * 20].reshape(20, 20)), axis=1)[:, :2])
+    return dataclasses.replace(texts, negatives=columns.ragged(list(np.load(path))))
+
+  return refresh, calls
+
+
+@pytest.mark.parametrize("pack", [None, 24])
+def test_negatives_mined_on_the_way_also_after_interruptions(params, texts, tmp_path, monkeypatch, pack):
+  """Every 2 of 6 steps. Killed in the step after the first mining, stopped one later, killed in the second mining."""
+  stage = dataclasses.replace(LIGHT, steps=6, checkpoint_every=100, chunk=1)
+  data = dataclasses.replace(DATA, pack=pack)
+  go = lambda folder, refresh: loop.train(
+    folder, params, texts, MODEL, data, stage, 5, refresh=refresh, every=2 if refresh else 0
+  )
+  for name in ("whole", "broken", "never"):
+    (tmp_path / name).mkdir()
+  never = go(tmp_path / "never", None)
+  refresh, calls = refreshing(tmp_path / "whole", texts)
+  expected = go(tmp_path / "whole", refresh)
+  assert calls == [(2, True), (4, True)]  # not after the last step
+  assert expected.compilations == never.compilations  # tests share programs: this run compiled none of its own
+  without, found = logged(tmp_path / "never"), logged(tmp_path / "whole")
+  assert without[:2] == found[:2]
+  assert all(a != b for a, b in zip(without[2:], found[2:], strict=True))
+
+  again, calls = refreshing(tmp_path / "broken", texts)
+  real, kinds = loop.mesh.shard, iter([None, None, "kill", "stop"])
+
+  def shard(*arguments):
+    match next(kinds, None):
+      case "kill":
+        raise Killed
+      case "stop":
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(*arguments)
+
+  def killed_while_mining(params, done):
+    if done == 4:
+      raise Killed
+    return again(params, done)
+
+  monkeypatch.setattr(loop.mesh, "shard", shard)
+  with pytest.raises(Killed):
+    go(tmp_path / "broken", again)
+  with pytest.raises(Interrupted, match="after step 3"):
+    go(tmp_path / "broken", again)
+  with pytest.raises(Killed):
+    go(tmp_path / "broken", killed_while_mining)
+  got = go(tmp_path / "broken", again)
+  assert calls == [(2, True), (2, True), (2, False), (4, True)]
+  assert logged(tmp_path / "broken") == logged(tmp_path / "whole")
+  same(got.params, expected.params)
+
+
+def test_ctrl_c_is_answered_while_negatives_are_mined(params, texts, tmp_path):
+  """By its own exception, not after the mining; the step before is saved."""
+  stage = dataclasses.replace(LIGHT, checkpoint_every=100)
+
+  def refresh(params, done):
+    signal.raise_signal(signal.SIGINT)
+    raise AssertionError("went on")
+
+  with pytest.raises(KeyboardInterrupt):
+    loop.train(tmp_path, params, texts, MODEL, DATA, stage, 5, refresh=refresh, every=2)
+  assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["2"]
+
+
 def test_a_finished_stage_is_read_back(whole, params):
   directory, expected = whole
   same(loop.finished(directory, params, MODEL, STAGE, expected.step), expected.params)
