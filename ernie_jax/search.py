@@ -196,9 +196,9 @@ class Searcher:
     p, about = self.corpus.passages, {name: self.corpus.about[name] for name in ("model", "corpus")}
     return indexes.Content(self.corpus.vectors, p.ids, p.titles, p.texts, about)
 
-  def build(self, name: str) -> None:
+  def build(self, name: str) -> indexes.Index:
     """Builds an index, or adds to it what it lacks."""
-    indexes.build(name, self.corpus.directory, self.content())
+    return indexes.build(name, self.corpus.directory, self.content())
 
   def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The dual-encoder's ranking."""

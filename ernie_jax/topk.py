@@ -77,19 +77,23 @@ def top_k(
 
 
 def rescored(
-  queries: np.ndarray, vectors: Any, rows: np.ndarray, k: int, order: np.ndarray | None
+  queries: np.ndarray, vectors: Any, rows: np.ndarray, k: int, order: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The k best of each query's candidates (rows [Q, n]) by float64 scores [Q, k], equal ones by `order`."""
-  values, found = np.zeros((len(queries), k)), np.zeros((len(queries), k), np.int64)
-  step = max(1, GATHERED // (rows.shape[1] * vectors.shape[1]))
+  """The k best of each query's candidates (rows [Q, n], -1 for none): scores float64 and rows [Q, k], ties by `order`.
+
+  Where there are fewer, the rest is row -1 with score -inf.
+  """
+  values, found = np.full((len(queries), k), -np.inf), np.full((len(queries), k), -1, np.int64)
+  step = max(1, GATHERED // max(1, rows.shape[1] * vectors.shape[1]))
   for begin in range(0, len(queries), step):
     own = rows[begin : begin + step]
-    wide = vectors[own.ravel()].astype(np.float64).reshape(*own.shape, -1)
+    wide = vectors[np.maximum(own, 0).ravel()].astype(np.float64).reshape(*own.shape, -1)
     # Not a BLAS product: there a sum's order depends on its place, and equal vectors would differ in the last digit.
     scores = np.einsum("qnh,qh->qn", wide, queries[begin : begin + step].astype(np.float64))
+    scores[own < 0] = -np.inf
     best = np.lexsort((own if order is None else order[own], -scores))[:, :k]
-    values[begin : begin + step] = np.take_along_axis(scores, best, 1)
-    found[begin : begin + step] = np.take_along_axis(own, best, 1)
+    values[begin : begin + step, : best.shape[1]] = np.take_along_axis(scores, best, 1)
+    found[begin : begin + step, : best.shape[1]] = np.take_along_axis(own, best, 1)
   return values, found
 
 

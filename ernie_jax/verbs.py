@@ -319,7 +319,7 @@ def index(args: Sequence[str]) -> None:
   chosen = parse(Index, "index", args)
   from ernie_jax.search import Searcher
 
-  Searcher(chosen.directory, chosen.model).build(chosen.index)
+  print(Searcher(chosen.directory, chosen.model).build(chosen.index).table())
   print(f"next: ernie-jax search {chosen.directory} --index {chosen.index}")
 
 
