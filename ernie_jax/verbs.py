@@ -312,7 +312,8 @@ def encode(args: Sequence[str]) -> None:
   if mesh.leads():
     collection.write_source(chosen.output, chosen.model, settings)
     print(f"{chosen.output}: {len(store)} {'queries' if query else 'passages'}")
-    print(f"next: ernie-jax {'search ' + str(chosen.output) if not query else 'index DIR'}")
+    if not query:
+      print(f"next: ernie-jax search {chosen.output}")
 
 
 def index(args: Sequence[str]) -> None:
