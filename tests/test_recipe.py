@@ -173,16 +173,27 @@ def test_the_verb_mine_is_its_definition(whole, tmp_path, capsys):
   assert set(found) == set(qrels)
   for query, own in found.items():
     assert list(own) == [p for p in evaluate.ranked(ranking[query]) if p not in qrels[query]][1:9]
-  assert main([*command, "--denoise", "0.5", "--margin", "0.1", "--output", str(denoised)]) == 0
-  kept, logits = evaluate.read_run(denoised), evaluate.read_run(tmp_path / "denoised.cross.trec")
+  # Everything is read and nothing dropped; then what two thresholds in the midst of these logits say.
+  assert main([*command, "--margin=-inf", "--output", str(denoised)]) == 0
+  assert evaluate.read_run(denoised) == found
+  logits = evaluate.read_run(tmp_path / "denoised.cross.trec")
+  best = {query: max(logits[query][p] for p in qrels[query]) for query in found}
+  every = sorted(logits[query][p] for query, own in found.items() for p in own)
+  below = sorted(best[query] - logits[query][p] for query, own in found.items() for p in own)
+  limit, margin = (float(np.mean(x[len(x) // 2 : len(x) // 2 + 2])) for x in (every, below))
+  flags = ["--denoise", str(1 / (1 + np.exp(-limit))), f"--margin={margin}"]
+  assert main([*command, *flags, "--output", str(denoised)]) == 0
+  kept, again = evaluate.read_run(denoised), evaluate.read_run(tmp_path / "denoised.cross.trec")
+  assert again == logits
   high, near = 0, 0
   for query, own in found.items():
     assert logits[query].keys() == own.keys() | qrels[query].keys()
-    best = max(logits[query][p] for p in qrels[query])
-    wrong = [logits[query][p] > 0 for p in own]
-    close = [logits[query][p] > best - 0.1 for p in own]
+    wrong = [logits[query][p] > limit for p in own]
+    close = [logits[query][p] > best[query] - margin for p in own]
     assert list(kept.get(query, {})) == [p for p, a, b in zip(own, wrong, close) if not a and not b]
     high, near = high + sum(wrong), near + sum(b and not a for a, b in zip(wrong, close))
+  assert high > 0
+  assert near > 0
   said = capsys.readouterr().out
   assert f"{high:,} by probability, {near:,} by margin" in said
   assert main([*command, "--sample", "3", "--margin", "None", "--output", str(sample)]) == 0
