@@ -7,7 +7,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-from ernie_jax.retrieval import Searcher
+from ernie_jax.search import Searcher
 
 QUERIES = (
   "how do I pad an array with zeros",
@@ -24,9 +24,6 @@ QUERIES = (
 
 search = Searcher(Path(sys.argv[1]))
 print("| query | 1 | 2 | 3 |\n|---|---|---|---|")
-for query in QUERIES:
-  found = (
-    f"`{passage['title']}` {score:.2f} <br> {textwrap.shorten(passage['text'], 60, placeholder=' …')}"
-    for score, passage in search(query, 3)
-  )
+for query, hits in zip(QUERIES, search.search(QUERIES, 3)):
+  found = (f"`{hit.title}` {hit.score:.2f} <br> {textwrap.shorten(hit.text, 60, placeholder=' …')}" for hit in hits)
   print(f"| {query} | " + " | ".join(text.replace("|", "\\|") for text in found) + " |")
