@@ -89,7 +89,7 @@ def _main(args: Sequence[str] | None) -> int:
     return 2
   except KeyboardInterrupt as error:
     note = f"{error}; " if str(error) else ""
-    print(f"\nernie-jax: {note}interrupted; the same command continues", file=sys.stderr)
+    print(f"\nernie-jax: {note}interrupted; give the same command again", file=sys.stderr)
     return 128 + getattr(error, "signal", signal.SIGINT)
   return 0
 

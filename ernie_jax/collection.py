@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from ernie_jax.scores import Student, late_width
 from ernie_jax.templates import Template
 
 SHARD = 16_384  # passages
+OPEN = 64  # shards of a kind that are mapped at once
 SMALL = 4 * 2**30  # bytes of token vectors that a run keeps; of larger corpora it encodes what it re-ranks
 FIELDS = ("texts", "model", "corpus", "count", "width", "dtype", "late", "late_width", "shard", "passages")
 Late = Literal["no", "16", "8"]  # token vectors: none, float16, or 8 bits a number with a scale for each vector
@@ -40,13 +42,15 @@ class Shards:
 
   def __init__(self, files: Sequence[Path], begins: Sequence[int] | np.ndarray):
     """File i holds rows begins[i] to begins[i + 1]."""
-    self.arrays = [read(file) for file in files]
     self.begins = np.asarray(begins)
-    for file, array, count in zip(files, self.arrays, np.diff(self.begins)):
-      if len(array) != count or array.shape[1:] != self.arrays[0].shape[1:]:
-        raise UserError(f"{file}: holds {array.shape}, not {count} rows; delete it, and encode again")
-    self.shape = (int(self.begins[-1]), *self.arrays[0].shape[1:])
-    self.dtype = self.arrays[0].dtype
+    self.array = functools.lru_cache(OPEN)(lambda i: read(files[i]))  # each that is mapped is an open file
+    first = self.array(0)
+    for i, count in enumerate(np.diff(self.begins)):
+      array = read(files[i])
+      if len(array) != count or array.shape[1:] != first.shape[1:]:
+        raise UserError(f"{files[i]}: holds {array.shape}, not {count} rows; delete it, and encode again")
+    self.shape = (int(self.begins[-1]), *first.shape[1:])
+    self.dtype = first.dtype
 
   def __len__(self) -> int:
     return self.shape[0]
@@ -55,13 +59,13 @@ class Shards:
     if isinstance(rows, slice):
       begin, end, _ = rows.indices(len(self))
       first = int(np.searchsorted(self.begins, begin, side="right")) - 1
-      if begin < end <= self.begins[min(first + 1, len(self.arrays))]:  # within a shard: a view
-        return self.arrays[first][begin - self.begins[first] : end - self.begins[first]]
+      if begin < end <= self.begins[min(first + 1, len(self.begins) - 1)]:  # within a shard: a view
+        return self.array(first)[begin - self.begins[first] : end - self.begins[first]]
       rows = np.arange(begin, max(begin, end))
     found = np.empty((len(rows), *self.shape[1:]), self.dtype)
     where = np.searchsorted(self.begins, rows, side="right") - 1
     for i in np.unique(where).tolist():
-      found[where == i] = self.arrays[i][rows[where == i] - self.begins[i]]
+      found[where == i] = self.array(i)[rows[where == i] - self.begins[i]]
     return found
 
 
@@ -69,8 +73,10 @@ def read(path: Path) -> np.ndarray:
   """A memory-mapped array; a `UserError` if it is missing or cut."""
   try:
     return np.load(path, mmap_mode="r")
-  except (OSError, ValueError, EOFError) as error:
+  except (FileNotFoundError, ValueError, EOFError) as error:
     raise UserError(f"{path}: missing or damaged; delete it if it is there, and encode again") from error
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path and its disk") from error
 
 
 def save(path: Path, array: np.ndarray) -> None:
@@ -79,6 +85,8 @@ def save(path: Path, array: np.ndarray) -> None:
   try:
     with open(temporary, "wb") as file:
       np.save(file, array)
+      file.flush()
+      os.fsync(file.fileno())  # that it is there says that it is whole, after a power cut too
     os.replace(temporary, path)
   except OSError as error:
     raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
@@ -118,6 +126,8 @@ def write_texts(
     raise UserError(f"{directory}: holds the texts of another corpus; name another folder, or delete it")
   try:
     (directory / "passages").mkdir(parents=True, exist_ok=True)
+    for leftover in (directory / "passages").glob("*.writing-*"):  # of a call that was killed
+      shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     for name, strings in {"ids": ids, "titles": titles, "texts": texts}.items():
       if columns.matching(directory / "passages" / name, **about) is None:
         with columns.Writer(directory / "passages" / name, np.uint8) as writer:
@@ -167,13 +177,14 @@ def write(
   corpus: str,
   *,
   query: bool = False,
+  source: dict[str, Any] | None = None,
   late: Late = "no",
   dtype: Literal["float32", "float16"] = "float32",
 ) -> None:
   """Encodes a token store into a folder, shard by shard; shards that are there from an earlier, killed call stay.
 
   `passages` is the folder with the texts, as a path from `directory`; `corpus` their fingerprint. With `query` the
-  texts are queries. Several hosts share
+  texts are queries. `source` notes where model and texts come from (`source`). Several hosts share
   the folder: each encodes every so-many-th shard on its own devices. Raises `UserError` if the folder holds another
   corpus or other settings.
   """
@@ -198,20 +209,21 @@ def write(
       f"{directory}: holds a corpus encoded with {field}={found.get(field)!r}, not {about[field]!r}; "
       "name another folder, or delete it"
     )
+  kinds = {"no": ("vectors",), "16": ("vectors", "tokens"), "8": ("vectors", "tokens", "scales")}[late]
   try:
-    for name in ("vectors", *(() if late == "no" else ("tokens",)), *(("scales",) if late == "8" else ())):
+    for name in kinds:
       (directory / name).mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise UserError(f"{directory}: cannot be written ({error.strerror or error}); choose another place") from error
   if mesh.leads():
-    for leftover in directory.glob("*/*.writing-*"):
+    for leftover in (found for kind in kinds for found in (directory / kind).glob("*.writing-*")):
       leftover.unlink()
     if late != "no":
       save(directory / "offsets.npy", np.concatenate([[0], np.cumsum(sizes)]))
-    config.write(path, json.dumps(about, indent=2))
+    config.write(path, json.dumps(about | {"source": source}, indent=2))
   mesh.wait(str(path))
   begins = shards(len(store))
-  there = [shard(directory, "vectors", i).is_file() for i in range(len(begins) - 1)]
+  there = [all(shard(directory, kind, i).is_file() for kind in kinds) for i in range(len(begins) - 1)]
   missing = np.flatnonzero(~np.array(mesh.told(there), bool)).tolist()
   left = sum(begins[i + 1] - begins[i] for i in missing)
   here = mesh.make(jax.local_devices())
@@ -230,7 +242,7 @@ def write(
           save(shard(directory, "tokens", i), scaled)
         elif late == "16":
           save(shard(directory, "tokens", i), made.tokens)
-        save(shard(directory, "vectors", i), made.vectors.astype(dtype))  # last: it says that the shard is whole
+        save(shard(directory, "vectors", i), made.vectors.astype(dtype))
       if mesh.asked_to_stop():
         raise Interrupted(label, signal.SIGTERM)
   mesh.wait(f"{path} is whole")
@@ -246,10 +258,13 @@ def shard(directory: Path, what: str, number: int) -> Path:
 
 
 def eight_bits(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Vectors [n, D] as int8 and a float16 scale for each [n, 1]: off by at most 1/254 of a vector's largest number."""
-  scales = (np.abs(vectors).max(1, keepdims=True).astype(np.float32) / 127).astype(np.float16)
-  safe = np.maximum(scales.astype(np.float32), np.finfo(np.float16).tiny)
-  return np.clip(np.rint(vectors / safe), -127, 127).astype(np.int8), scales
+  """Vectors [n, D] as int8 and a float16 scale for each [n, 1].
+
+  Off by at most 1/254 of a vector's largest number, and what float16 rounds off the scale (1/2048).
+  """
+  largest = np.abs(vectors).max(1, keepdims=True).astype(np.float32)
+  scales = np.maximum(largest / 127, np.finfo(np.float16).tiny).astype(np.float16)
+  return np.clip(np.rint(vectors / scales.astype(np.float32)), -127, 127).astype(np.int8), scales
 
 
 def describe(directory: Path) -> dict[str, Any]:
@@ -265,19 +280,13 @@ def describe(directory: Path) -> dict[str, Any]:
     raise UserError(f"{directory / 'collection.json'}: damaged; delete {directory}, and encode again") from error
 
 
-def write_source(directory: Path, model: Path, data: config.Data) -> None:
-  """Notes where the model lies that encodes the folder, and of which data set the texts are."""
-  said = {"model": str(model.resolve()), "data": dataclasses.asdict(data)}
-  config.write(directory / "source.json", json.dumps(said, indent=2))
-
-
 def source(directory: Path) -> tuple[Path, config.Data]:
-  """What `write_source` noted."""
+  """Where the model lies that encoded the folder, and of which data set the texts are."""
   try:
-    said = json.loads((directory / "source.json").read_text())
+    said = json.loads((directory / "collection.json").read_text())["source"]
     return Path(said["model"]), config.Data(**(said["data"] | {"packages": tuple(said["data"]["packages"])}))
   except (OSError, ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{directory / 'source.json'}: missing or damaged; name the model with --model") from error
+    raise UserError(f"{directory / 'collection.json'}: does not say whose it is; encode it with `ernie-jax`") from error
 
 
 def load(directory: Path) -> Collection:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -61,6 +62,8 @@ def writing(path: Path) -> Iterator[BinaryIO]:
   """A file with a temporary name in the same folder, renamed when it is whole. `UserError` if it cannot be written."""
   temporary = path.with_name(f"{path.name}.writing-{os.getpid()}")
   try:
+    if path.is_dir():  # now, not when all is written
+      raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     with open(temporary, "wb") as file:
       yield file
     os.replace(temporary, path)

@@ -356,7 +356,7 @@ class Faiss(Index):
 
   def save(self) -> None:
     """Under a temporary name, then renamed: what was there before stays until then."""
-    temporary = self.place.with_name(f"{self.name}.writing")
+    temporary = self.place.with_name(f"{self.name}.writing-{os.getpid()}")
     try:
       shutil.rmtree(temporary, ignore_errors=True)
       temporary.mkdir(parents=True)

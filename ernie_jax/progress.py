@@ -52,7 +52,7 @@ class Progress:
     elif now - self.said >= SECONDS_BETWEEN_LINES and self.done < self.total:
       self.said = now
       rate = (self.done - self.first) / (now - self.start)
-      left = clock((self.total - self.done) / rate)
+      left = clock((self.total - self.done) / rate) if rate else "?"
       say(f"  {self.label}: {self.done}/{self.total} {self.unit}, {rate:.2f}/s, {left} left{note and ', ' + note}")
 
   def __exit__(self, kind, value, trace) -> None:

@@ -381,7 +381,8 @@ def baselines(current: Run) -> dict[str, Any]:
   by_words = BM25.build(current.data.corpus.passages).search(test.texts, DEPTH)
   passages = current.encode(current.params, current.passages, "passages", late=False)
   queries = current.encode(current.params, current.queries["test"], "test queries", late=False)
-  found = topk.top_k(queries.vectors, passages.vectors, DEPTH)
+  order = collection.open_passages(current.directory / "prepare", current.data.fingerprint).order
+  found = topk.top_k(queries.vectors, passages.vectors, DEPTH, order=order)
   return {
     "bm25": current.measure("bm25", "test", *by_words),
     "zero_shot": current.measure("zero_shot", "test", *found),

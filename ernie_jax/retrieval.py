@@ -26,7 +26,7 @@ TOKENS = {"cpu": 1024}  # that a device encodes at once: what a layer makes of t
 TOKENS_ELSEWHERE = 2**16
 SHORTEST = 16  # tokens of a row
 SHARED = 4  # most texts of a row
-PAIRS = 2**15  # of query and passage whose rows are laid out at once: the time that takes grows with their square
+LAID = 2**15  # texts that are laid out in rows at once: the time that takes grows with their square
 MEMORY = 2**31  # bytes of token vectors held at once where they are made as they are needed
 
 
@@ -59,23 +59,24 @@ def units(sizes: np.ndarray, longest: int, devices: int) -> Iterator[list[Unit]]
   lengths = np.unique([max(SHORTEST, -(-longest // part)) for part in (4, 2, 1)])
   kind = np.searchsorted(lengths[:-1], 2 * sizes)
   for c in range(len(lengths))[::-1]:
-    members, length = np.flatnonzero(kind == c), int(lengths[c])
-    if not len(members):
-      continue
-    places = first_fit(sizes[members], length, len(members), SHARED)
-    assert places is not None  # a row for each would do
-    order = np.argsort(places, kind="stable")
-    members, places = members[order], places[order]
-    rows = int(places[-1]) // length + 1
-    count = min(max(1, room // length), 1 << (-(-rows // devices) - 1).bit_length())
-    edges = np.searchsorted(places, np.arange(0, rows + count, count) * length)
-    made = [
-      Unit(members[a:b], places[a:b] - i * count * length, count, length)
-      for i, (a, b) in enumerate(itertools.pairwise(edges))
-    ]
-    for begin in range(0, len(made), devices):
-      some = made[begin : begin + devices]
-      yield some + [some[-1]] * (devices - len(some))
+    every, length = np.flatnonzero(kind == c), int(lengths[c])
+    every = every[np.argsort(-sizes[every], kind="stable")]
+    for start in range(0, len(every), LAID):
+      members = every[start : start + LAID]
+      places = first_fit(sizes[members], length, len(members), SHARED)
+      assert places is not None  # a row for each would do
+      order = np.argsort(places, kind="stable")
+      members, places = members[order], places[order]
+      rows = int(places[-1]) // length + 1
+      count = min(max(1, room // length), 1 << (-(-rows // devices) - 1).bit_length())
+      edges = np.searchsorted(places, np.arange(0, rows + count, count) * length)
+      made = [
+        Unit(members[a:b], places[a:b] - i * count * length, count, length)
+        for i, (a, b) in enumerate(itertools.pairwise(edges))
+      ]
+      for begin in range(0, len(made), devices):
+        some = made[begin : begin + devices]
+        yield some + [some[-1]] * (devices - len(some))
 
 
 def _each(
@@ -190,10 +191,10 @@ def rerank_late(queries: Encoded, candidates: np.ndarray, tokens: Tokens, each: 
   Token vectors are asked for once for as many queries as `MEMORY` allows, where a passage takes `each` bytes at most.
   """
   values = np.full(candidates.shape, -np.inf, np.float32)
-  begin = 0
+  begin, count = 0, len(candidates)
   with Progress("re-rank (late interaction)", len(candidates), "queries") as bar:
     while begin < len(candidates):
-      count = len(candidates) - begin
+      count = min(count, len(candidates) - begin)  # as many as before: to look at all again would take long
       while len(needed := np.unique(candidates[begin : begin + count])) * each > MEMORY and count > 1:
         count = -(-count // 2)
       needed = needed[needed >= 0]
@@ -235,19 +236,17 @@ def rerank_cross(
   devices = mesh.make()
   held = mesh.whole(params, devices)
   apply = lambda rows: _cross(held, rows)
-  every, lengths = np.nonzero(candidates >= 0), (queries.lengths, passages.lengths)
-  with Progress("re-rank (cross-encoder)", len(every[0]), "pairs") as bar:
-    for begin in range(0, len(every[0]), PAIRS):
-      asked, place = (x[begin : begin + PAIRS] for x in every)
-      rows = candidates[asked, place]
+  asked, place = np.nonzero(candidates >= 0)
+  rows = candidates[asked, place]
+  sizes = template.pair_sizes(queries.lengths[asked], passages.lengths[rows])
 
-      def make(pairs: list[int], length: int, **layout: Any) -> Rows:
-        read = [template.query(queries[int(asked[i])]) for i in pairs]
-        return template.pairs(read, [template.passage(passages[int(rows[i])]) for i in pairs], length, **layout)
+  def make(pairs: list[int], length: int, **layout: Any) -> Rows:
+    read = [template.query(queries[int(asked[i])]) for i in pairs]
+    return template.pairs(read, [template.passage(passages[int(rows[i])]) for i in pairs], length, **layout)
 
-      sizes = template.pair_sizes(lengths[0][asked], lengths[1][rows])
-      for pairs, result in _each(sizes, template.data.pair_length, make, apply, bar, devices):
-        values[asked[pairs], place[pairs]] = result
+  with Progress("re-rank (cross-encoder)", len(rows), "pairs") as bar:
+    for pairs, result in _each(sizes, template.data.pair_length, make, apply, bar, devices):
+      values[asked[pairs], place[pairs]] = result
   return values
 
 

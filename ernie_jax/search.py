@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,8 +21,10 @@ from ernie_jax.columns import Ragged
 from ernie_jax.config import UserError
 from ernie_jax.progress import say
 from ernie_jax.templates import Template
-from ernie_jax.tokens import Tokenizer
+from ernie_jax.tokens import Tokenizer, in_memory
 
+RECALL = 0.95  # of the approximate top-k
+BLOCK = 4096  # texts tokenised at once
 How = Literal["bm25", "dual", "late", "cross", "hybrid"]
 
 
@@ -101,7 +105,8 @@ class Searcher:
   def __init__(self, directory: Path, model: Path | None = None, index: str = ""):
     """`model` is by default the run's, or the one that encoded the folder; another one is a `UserError`.
 
-    `index` is the name of one that `build` has built; without one, search is exact and needs none.
+    `index` is the name of one that `build` has built; without one, search is exact and needs none. "approx" needs none
+    either: a TPU's approximate top-k, with `RECALL`.
     """
     run = (directory / "model" / "model.json").is_file()
     if not run and not (directory / "collection.json").is_file():
@@ -113,16 +118,23 @@ class Searcher:
     self.corpus: Collection = collection.load(place)
     if self.corpus.about["texts"] != "passages":
       raise UserError(f"{directory}: holds queries; search a folder of passages")
-    source = model or (directory if run else collection.source(directory)[0])
+    self.directory, source = directory, model or (directory if run else collection.source(directory)[0])
     self.model = Model.load(source)
-    self.data = self.model.template.data if run else collection.source(directory)[1]
     if self.corpus.about["model"] != self.model.digest:
       raise UserError(
         f"{self.corpus.directory}: was encoded with model {self.corpus.about['model']}, but {source} is "
         f"{self.model.digest}; encode again with it, or name the right one with --model"
       )
-    self.index = indexes.open(index, self.corpus.directory, self.content()) if index else None
+    self.approximate = index == "approx"
+    opened = bool(index) and not self.approximate
+    self.index = indexes.open(index, self.corpus.directory, self.content()) if opened else None
     self.about = {**self.corpus.about, "passages": len(self.corpus.vectors), "data": self.data.name}
+
+  @property
+  def data(self) -> config.Data:
+    """The data set of the passages."""
+    own = self.corpus.directory != self.directory  # a run's
+    return self.model.template.data if own else collection.source(self.directory)[1]
 
   def search(self, queries: Sequence[str], k: int, how: How = "dual", depth: int = 100) -> list[list[Hit]]:
     """The k best passages of each query, best first (fewer where BM25 finds fewer)."""
@@ -136,15 +148,18 @@ class Searcher:
   def rank(self, queries: Sequence[str], k: int, how: How = "dual", depth: int = 100) -> tuple[np.ndarray, np.ndarray]:
     """Scores and passage rows [Q, min(k, N)], best first; row -1 where fewer are found.
 
-    `late` and `cross` re-rank the dual-encoder's `depth` best; `hybrid` is the reciprocal rank fusion of the
-    dual-encoder's and BM25's `depth` best.
+    `late` and `cross` re-rank the dual-encoder's `depth` best, at least k; `hybrid` is the reciprocal rank fusion of
+    the dual-encoder's and BM25's.
     """
     if how not in get_args(How):
       raise UserError(f"--with {how}: known are {', '.join(get_args(How))}")
+    for query in queries:
+      if not query.isprintable() and query.encode(errors="replace").decode() != query:
+        raise UserError(f"query {query!r}: is not UTF-8; set the terminal to it")
     k = min(k, len(self.corpus.vectors))
     if how == "bm25":
       return self.bm25.search(queries, k)
-    store = columns.ragged(self.model.template.tokenizer.encode(queries))
+    store = in_memory(queries, self.model.template.tokenizer)
     asked = self.model.encode(store, query=True, late=how == "late")
     values, rows = self.nearest(asked.vectors, k if how == "dual" else max(k, depth))
     if how == "hybrid":
@@ -158,7 +173,7 @@ class Searcher:
   def systems(self, queries: Sequence[str], k: int, depth: int) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
     """The ranking of each system, k deep; of the re-rankers `depth` deep, over the dual-encoder's."""
     yield "bm25", self.bm25.search(queries, k)
-    store = columns.ragged(self.model.template.tokenizer.encode(queries))
+    store = in_memory(queries, self.model.template.tokenizer)
     if (before := self.model.before()) is not None:
       yield "zero_shot", self.untrained(before, store, k)
     asked = self.model.encode(store, query=True, late=True)
@@ -205,18 +220,24 @@ class Searcher:
     k = min(k, len(self.corpus.vectors))
     if self.index is not None:
       return self.index.search(vectors, k)
-    return topk.top_k(vectors, self.corpus.vectors, k, order=self.corpus.passages.order)
+    recall = RECALL if self.approximate else None
+    return topk.top_k(vectors, self.corpus.vectors, k, order=self.corpus.passages.order, recall=recall)
 
   @functools.cached_property
   def bm25(self) -> BM25:
     """Made at its first use, and kept beside the texts."""
     place = self.corpus.directory / self.corpus.about["passages"] / "bm25"
     if place.is_dir():
-      found = BM25.open(place)
-      if len(found) == len(self.corpus.vectors):
-        return found
+      try:
+        found = BM25.open(place)
+        if len(found) == len(self.corpus.vectors):
+          return found
+      except UserError as error:
+        say(f"{error}: it is built anew")
+      shutil.rmtree(place)
     p = self.corpus.passages
-    return BM25.build(Joined(p.titles, p.texts), place)
+    keep = os.access(place.parent, os.W_OK)  # else another user's run
+    return BM25.build(Joined(p.titles, p.texts), place if keep else None)
 
   @property
   def each(self) -> int:
@@ -231,18 +252,20 @@ class Searcher:
 
   def tokens(self, rows: np.ndarray) -> Ragged:
     """The tokens of some passages, as `tokens.store` has them."""
-    p, tokenizer = self.corpus.passages, self.model.template.tokenizer
-    titles, texts = ([column[int(row)] for row in rows] for column in (p.titles, p.texts))
-    if self.model.template.data.template == "bert":
-      return columns.ragged(tokenizer.encode([columns.passage(*both) for both in zip(titles, texts)]))
+    p, tokenizer, found = self.corpus.passages, self.model.template.tokenizer, []
     sep = np.array([tokenizer.sep], np.int32)
-    both = zip(tokenizer.encode(titles), tokenizer.encode(texts))
-    return columns.ragged([np.concatenate([title, sep, text]) for title, text in both])
+    for begin in range(0, len(rows), BLOCK):
+      both = [[column[int(row)] for row in rows[begin : begin + BLOCK]] for column in (p.titles, p.texts)]
+      if self.model.template.data.template == "bert":
+        found += tokenizer.encode([columns.passage(*own) for own in zip(*both)])
+      else:
+        found += [np.concatenate([title, sep, text]) for title, text in zip(*map(tokenizer.encode, both))]
+    return columns.ragged(found)
 
   def match(self, query: str, row: int) -> Matches:
     """Which of a passage's tokens each of a query's tokens matches."""
     template = self.model.template
-    store = columns.ragged(template.tokenizer.encode([query]))
+    store = in_memory([query], template.tokenizer)
     asked = self.model.encode(store, query=True, late=True)
     own = self.tokens(np.array([row]))
     vectors = self.token_vectors(np.array([row])).values.astype(np.float32)

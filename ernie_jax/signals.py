@@ -16,7 +16,7 @@ GRACE = 5.0  # seconds in which a verb that was asked to end must have ended
 
 def leave(number: int, _: Any = None) -> None:
   """Ends the process now; whatever it was at is safe against that."""
-  os.write(2, b"\nernie-jax: interrupted; the same command continues\n")
+  os.write(2, b"\nernie-jax: interrupted; give the same command again\n")
   os._exit(128 + number)
 
 

@@ -58,21 +58,21 @@ def top_k(
   if not np.isfinite(queries).all():
     raise UserError("a query's vector is not finite: check the model that made it")
   values, rows = np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int64)
-  for begin in range(0, len(queries), QUERIES):
-    asked = np.arange(begin, min(begin + QUERIES, len(queries)))
-    if recall is not None:
-      values[asked], rows[asked], _ = candidates(queries[asked], vectors, k, tile, recall)
-      continue
-    wanted = k + SPARE
-    while len(asked):
-      some = min(wanted, total)
-      found, at, norm = candidates(queries[asked], vectors, some, tile, None)
-      best, ranked = rescored(queries[asked], vectors, at, k, order)
+  asked, wanted = np.arange(len(queries)), k if recall is not None else k + SPARE
+  while len(asked):
+    some, unsure = min(wanted, total), []
+    for part in np.array_split(asked, -(-len(asked) // max(1, min(QUERIES, LARGEST // some)))):
+      found, at, norm = candidates(queries[part], vectors, some, tile, recall)
+      if recall is not None:
+        values[part], rows[part] = found, at
+        continue
+      best, ranked = rescored(queries[part], vectors, at, k, order)
       # |float32 - exact| <= H u |q| |p| / (1 - H u), for sums in any order; twice that for what u leaves out
-      error = 2 * width * 2.0**-24 * np.linalg.norm(queries[asked].astype(np.float64), axis=1) * norm
+      error = 2 * width * 2.0**-24 * np.linalg.norm(queries[part].astype(np.float64), axis=1) * norm
       certain = (best[:, -1] > found[:, -1] + error) | (some == total)
-      values[asked[certain]], rows[asked[certain]] = best[certain], ranked[certain]
-      asked, wanted = asked[~certain], 4 * wanted
+      values[part[certain]], rows[part[certain]] = best[certain], ranked[certain]
+      unsure.append(part[~certain])
+    asked, wanted = np.concatenate([np.zeros(0, np.int64), *unsure]), 4 * wanted
   return values, rows
 
 
@@ -104,7 +104,7 @@ def candidates(
   total, width = vectors.shape
   devices = mesh.make()
   count = devices.devices.size
-  size = 1 << (len(queries) - 1).bit_length()  # shapes repeat, so little is compiled
+  size = -(-(1 << (len(queries) - 1).bit_length()) // count) * count  # shapes repeat, so little is compiled
   asked = np.zeros((size, width), np.float32)
   asked[: len(queries)] = queries
   if tile is None:
@@ -130,11 +130,7 @@ def candidates(
     values, rows, norm = (np.asarray(x) for x in _gathered(*state, largest))
   if not np.isfinite(norm):
     raise UserError("a passage's vector is not finite: check the model that made it, and encode again")
-  values, rows = (
-    x.reshape(count, size, k).transpose(1, 0, 2).reshape(size, -1)[: len(queries)] for x in (values, rows)
-  )
-  best = np.argsort(-values, axis=1, kind="stable")[:, :k]
-  return np.take_along_axis(values, best, 1), np.take_along_axis(rows, best, 1).astype(np.int64), float(norm)
+  return values[: len(queries)], rows[: len(queries)].astype(np.int64), float(norm)
 
 
 def _nothing(devices: jax.sharding.Mesh, size: int, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -166,4 +162,12 @@ def _search(queries, values, found, largest, tile, rows, recall):
 
 @jax.jit
 def _gathered(values, found, largest):
-  return mesh.replicate(values), mesh.replicate(found), mesh.replicate(largest).max()
+  """The candidates of all devices [devices * Q, k] -> the k best [Q, k]; and the largest norm."""
+
+  def local(_, values, found):
+    turned = lambda x: jax.lax.all_to_all(x, "data", 0, 1, tiled=True)  # all candidates of a part of the queries
+    best, at = jax.lax.top_k(turned(values), values.shape[1])
+    return best, jnp.take_along_axis(turned(found), at, axis=1)
+
+  best, rows = mesh.per_device(local, (), values, found)
+  return mesh.replicate(best), mesh.replicate(rows), mesh.replicate(largest).max()

@@ -71,8 +71,12 @@ class Search:
   query: Annotated[str | None, tyro.conf.Positional] = None  # without one, and without --queries: a prompt
   k: int = 10  # passages to show
   how: Annotated[Literal["bm25", "dual", "late", "cross", "hybrid"], tyro.conf.arg(name="with")] = "dual"
-  depth: int = 100  # late and cross re-rank so many of the dual-encoder's best; hybrid fuses so many of both
-  index: str = ""  # as built by `ernie-jax index`; empty: exact search without one
+  depth: int = (
+    100  # late and cross re-rank so many of the dual-encoder's best, at least k; hybrid fuses so many of both
+  )
+  index: str = (
+    ""  # as built by `ernie-jax index`; empty: exact search; approx: the TPU's approximate top-k, recall 0.95
+  )
   queries: Path | None = None  # lines `id TAB query`
   output: Path | None = None  # with --queries: a TREC run instead of what people read
   model: Path | None = None  # where the model lies, if not where it lay when it encoded
@@ -291,7 +295,8 @@ def encode(args: Sequence[str]) -> None:
   model = Model.load(chosen.model)
   settings = model.template.data
   if chosen.name is not None:
-    settings = dataclasses.replace(settings, name=chosen.name, folder=chosen.folder, skip_bad=chosen.skip_bad)
+    folder = chosen.folder and str(Path(chosen.folder).expanduser().resolve())
+    settings = dataclasses.replace(settings, name=chosen.name, folder=folder, skip_bad=chosen.skip_bad)
   with mesh.first("data"):
     found = datasets.load(settings)
     store = tokens.store(found, chosen.texts, model.template.tokenizer, settings)
@@ -308,9 +313,9 @@ def encode(args: Sequence[str]) -> None:
   collection.write(
     chosen.output, student, model.settings, store, model.template, ".", said,
     query=query, late=chosen.late, dtype=chosen.dtype,
+    source={"model": str(chosen.model.resolve()), "data": dataclasses.asdict(settings)},
   )  # fmt: skip
   if mesh.leads():
-    collection.write_source(chosen.output, chosen.model, settings)
     print(f"{chosen.output}: {len(store)} {'queries' if query else 'passages'}")
     if not query:
       print(f"next: ernie-jax search {chosen.output}")
@@ -331,6 +336,8 @@ def search(args: Sequence[str]) -> None:
       raise UserError(f"--{field} {getattr(chosen, field)}: must be at least 1")
   if chosen.queries and chosen.query is not None:
     raise UserError(f"--queries {chosen.queries}: is for many queries; leave out {chosen.query!r}")
+  if chosen.output and (chosen.output.is_dir() or not chosen.output.resolve().parent.is_dir()):  # now, not after hours
+    raise UserError(f"--output {chosen.output}: cannot be a file there; name one in a folder that exists")
   if chosen.output and not chosen.queries:
     raise UserError(f"--output {chosen.output}: is a run of many queries; name them with --queries FILE")
   from ernie_jax import evaluate
@@ -354,8 +361,15 @@ def search(args: Sequence[str]) -> None:
     return
   print(f"{searcher.about['passages']} passages; an empty line ends")
   with contextlib.suppress(EOFError):
-    while query := input("query> ").strip():
+    while query := prompt():
       ask(searcher, chosen, query)
+
+
+def prompt() -> str:
+  try:
+    return input("query> ").strip()
+  except UnicodeDecodeError as error:
+    raise UserError("the query is not UTF-8; set the terminal to it") from error
 
 
 def ask(searcher: Searcher, chosen: Search, query: str) -> None:
@@ -397,12 +411,15 @@ def evaluate(args: Sequence[str]) -> None:
     if chosen.output:
       chosen.output.mkdir(parents=True, exist_ok=True)
       measuring.write_run(run, chosen.output / f"{chosen.split}.{name}.trec", name)
-    found[name] = measuring.values(run, qrels, chosen.measures)
+    # What a re-ranker did not read has no rank: nothing deeper is measured.
+    deep = chosen.depth if folder and name in ("late", "cross") else deepest
+    shown = [name for name, measure in measures.items() if measure.params.get("cutoff", 1) <= deep]
+    found[name] = measuring.values(run, qrels, shown)
     del run  # it may take a gigabyte: one at a time
   if chosen.per_query:
     lines = ["\t".join(["query", "run", *chosen.measures])]
     lines += [
-      "\t".join([query, name, *(repr(own[query]) for own in values.values())])
+      "\t".join([query, name, *(repr(values[m][query]) if m in values else "-" for m in chosen.measures)])
       for query in qrels
       for name, values in found.items()
     ]
@@ -410,7 +427,10 @@ def evaluate(args: Sequence[str]) -> None:
       print("\n".join(lines))
       return
     config.write(Path(chosen.per_query), "\n".join(lines) + "\n")
-  means = [[name, *(f"{measuring.mean(own):.4f}" for own in values.values())] for name, values in found.items()]
+  means = [
+    [name, *(f"{measuring.mean(values[m]):.4f}" if m in values else "-" for m in chosen.measures)]
+    for name, values in found.items()
+  ]
   print(measuring.aligned([["", *chosen.measures], *means]))
   (first, base), *others = found.items()
   for name, values in others:

@@ -1,6 +1,8 @@
 """An encoded corpus on disk: what is read is what was encoded, after interruptions too; damage and mix-ups are told."""
 
 import dataclasses
+import os
+import resource
 
 import jax
 import numpy as np
@@ -37,7 +39,7 @@ def test_what_is_read_is_what_was_encoded(written, late, dtype):
   whole, write, place = written
   write(late=late, dtype=dtype)
   found = collection.load(place)
-  assert [len(array) for array in found.vectors.arrays] == [40, 40, 10]
+  assert np.diff(found.vectors.begins).tolist() == [40, 40, 10]
   np.testing.assert_allclose(found.vectors[:], whole.vectors.astype(dtype), rtol=1e-5, atol=1e-6)
   assert (found.passages.ids[41], found.passages.texts[89]) == ("p41", "text 89")
   np.testing.assert_array_equal(found.passages.order, topk.trec_order([f"p{i}" for i in range(90)]))
@@ -82,6 +84,35 @@ def test_an_interrupted_call_continues_where_it_was(written, monkeypatch):
   assert not list(place.rglob("*.writing-*"))
   write(late="16")
   assert encoded == [40, 10]  # nothing is left to do
+
+
+def test_what_a_killed_call_left_and_a_lost_file_are_mended(written):
+  _, write, place = written
+  write(late="8")
+  before = {path: path.read_bytes() for path in place.rglob("*.npy")}
+  (place / "passages" / "ids.writing-7").mkdir()
+  (place / "passages" / "ids.writing-7" / "values.bin").write_bytes(b"half")
+  for name in ("tokens/00001.npy", "scales/00002.npy"):
+    (place / name).unlink()
+  ids = [f"p{i}" for i in range(90)]
+  collection.write_texts(place, ids, [""] * 90, [f"text {i}" for i in range(90)], "abc")
+  write(late="8")
+  assert {path: path.read_bytes() for path in place.rglob("*.npy")} == before
+  assert not list(place.rglob("*.writing-*"))
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+  whole = np.arange(400.0).reshape(200, 2)
+  files = [tmp_path / f"{i}.npy" for i in range(200)]
+  for file, row in zip(files, whole):
+    collection.save(file, row[None])
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  here = len(os.listdir("/proc/self/fd"))
+  resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, here + collection.OPEN + 30), hard))
+  try:
+    np.testing.assert_array_equal(collection.Shards(files, range(201))[np.arange(200)], whole)
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_another_model_corpus_or_setting_is_told(written, texts):  # noqa: F811

@@ -193,7 +193,7 @@ def test_given_negatives_that_are_not_there_are_refused_before_training(tmp_path
   assert "mine.use='both': the training queries bring no negatives" in capsys.readouterr().err.splitlines()[-1]
 
 
-INTERRUPTED = "\nernie-jax: interrupted; the same command continues\n"
+INTERRUPTED = "\nernie-jax: interrupted; give the same command again\n"
 
 
 def in_a_destructor(interrupt):

@@ -444,7 +444,7 @@ def test_the_command_says_where_and_ends_in_order(folder, number):
     service.send_signal(number)
     out, err = service.communicate(timeout=60)
   assert (service.returncode, out) == (128 + number, "")
-  assert err.splitlines()[-1] == "ernie-jax: interrupted; the same command continues"
+  assert err.splitlines()[-1] == "ernie-jax: interrupted; give the same command again"
   assert "Traceback" not in err
 
 
