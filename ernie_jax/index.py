@@ -452,7 +452,7 @@ class Milvus(Index):
       self.client.create_index(self.collection, index, timeout=TIMEOUT)
 
   def extend(self) -> None:
-    """A build that was killed may have left rows of a block that is not counted."""
+    """Takes away rows of a block that is not counted, which a killed build left: a server would keep them twice."""
     rows = list(range(len(self), len(self) + BLOCK))
     with _answers(self.name):
       for begin in range(0, BLOCK, 4096):
