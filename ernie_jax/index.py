@@ -44,6 +44,9 @@ TRAINING_NUMBERS = 2**28  # but no more numbers in all: 1 GiB
 OUTGROWN = 4  # times as many passages as it was trained for: ivfpq is made anew
 TIMEOUT = 60  # seconds that Milvus has for an answer
 CONNECT = 10  # seconds to connect
+QUIET = (
+  300_000  # milliseconds between signs of life: Milvus Lite hangs up on those who ask more often, as pymilvus does
+)
 LONGEST = 65_535  # bytes of a text that Milvus takes
 INSERTED = 256  # passages of one message: 34 MB where all texts are that long, and a server takes 64
 MOST = 16_384  # results of a query that Milvus gives
@@ -449,7 +452,7 @@ class Milvus(Index):
       self.client.create_index(self.collection, index, timeout=TIMEOUT)
 
   def extend(self) -> None:
-    """A build that was killed may have left rows of a block that is not counted."""
+    """Takes away rows of a block that is not counted, which a killed build left: a server would keep them twice."""
     rows = list(range(len(self), len(self) + BLOCK))
     with _answers(self.name):
       for begin in range(0, BLOCK, 4096):
@@ -540,7 +543,12 @@ def _connect(name: str, where: str, remote: bool) -> Any:
     except OSError as error:
       raise UserError(f"--index {name}: {path.parent} cannot be made: {error.strerror}") from error
   try:
-    return MilvusClient(str(path) if not remote else where, token=os.environ.get("MILVUS_TOKEN", ""), timeout=CONNECT)
+    return MilvusClient(
+      where,
+      token=os.environ.get("MILVUS_TOKEN", ""),
+      timeout=CONNECT,
+      grpc_options={"grpc.keepalive_time_ms": QUIET},
+    )
   except MilvusException as error:
     if not remote:
       raise UserError(f"--index {name}: Milvus Lite cannot open it: {first_line(Exception(kept.reason))}") from error

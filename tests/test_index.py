@@ -1,8 +1,12 @@
 """Indexes: exact ones give what exact search gives, approximate ones what they say; never another model's."""
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,6 +95,65 @@ def test_a_corpus_that_grew_is_added(kind, tmp_path, request):
   assert found[:, 0].tolist() in ([600, 899], [650, 899])  # row 650 is a copy of row 600
 
 
+@pytest.mark.parametrize(("total", "trained"), [(2000, 600), (2500, 2500)])
+def test_growth_under_a_new_fingerprint_adds_and_another_corpus_begins_anew(tmp_path, total, trained):
+  """What was there is known by its ids and vectors; ivfpq learns again when its lists are four times too few."""
+  whole = content(total)
+  part = index.Content(whole.vectors[:600], whole.ids[:600], whole.titles[:600], whole.texts[:600], ABOUT)
+  grown = index.Content(whole.vectors, whole.ids, whole.titles, whole.texts, {**ABOUT, "corpus": "c2" * 8})
+  index.build("ivfpq", tmp_path, part)
+  with pytest.raises(UserError, match="of corpus c1c1c1c1c1c1, but the collection is of corpus c2c2c2c2c2c2"):
+    index.open("ivfpq", tmp_path, grown)
+  assert index.build("ivfpq", tmp_path, grown).about["trained"] == trained
+  assert len(index.open("ivfpq", tmp_path, grown)) == total
+  other = index.Content(whole.vectors, ["x", *whole.ids[1:]], whole.titles, whole.texts, ABOUT)
+  assert index.build("ivfpq", tmp_path, other).about["trained"] == total
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import test_index
+from ernie_jax import index
+
+class Deadly(list):
+  def __getitem__(self, row):
+    if 550 in (range(*row.indices(len(self))) if isinstance(row, slice) else [row]):
+      os.kill(os.getpid(), signal.SIGKILL)
+    return super().__getitem__(row)
+
+name, place, rows = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+of = test_index.content(rows)
+ids, texts = (Deadly(of.ids), of.texts) if name in index.FAISS else (of.ids, Deadly(of.texts))
+index.BLOCK, index.INSERTED = 256, 32
+index.build(name, place, index.Content(of.vectors, ids, of.titles, texts, of.about))
+"""
+
+
+@pytest.mark.parametrize("kind", ["flat", "lite"])
+def test_a_killed_build_leaves_what_was_there_and_the_next_one_completes_it(kind, tmp_path, request):
+  name, of = name_of(kind, tmp_path, request), content(700)
+  for rows, code in ((300, 0), (700, -signal.SIGKILL)):  # killed in the midst of a block
+    command = [sys.executable, "-c", KILLED, name, str(tmp_path), str(rows)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+  with pytest.raises(UserError, match="300 of 700 passages, or not finished"):
+    index.open(name, tmp_path, of)
+  if kind == "lite":
+    import pymilvus
+
+    client = pymilvus.MilvusClient(name.removeprefix("milvus:"))
+    (collection,) = client.list_collections()
+    count = lambda: client.query(collection, output_fields=["count(*)"])[0]["count(*)"]
+    assert count() == 300 + (550 - 300) // 32 * 32  # some of the block came in, and do not count
+  built = index.build(name, tmp_path, of)
+  np.testing.assert_array_equal(built.search(queries(of), 10)[1], topk.top_k(queries(of), of.vectors, 10)[1])
+  assert built.about["measured"][0][1:3] == [1.0, 1.0]
+  assert index.build("flat", tmp_path, of).about["digest"] == built.about["digest"]  # as if never interrupted
+  if kind == "lite":
+    assert count() == 700
+
+
 def test_few_passages_fill_up_with_none(tmp_path):
   of = content(3)
   scores, rows = index.build("flat", tmp_path, of).search(queries(of, 2), 5)
@@ -176,6 +239,24 @@ def test_a_wrong_name_is_one_line(tmp_path, name, says):
     index.build(name.replace("FILE", str(tmp_path / "FILE")), tmp_path, content(10))
   assert "\n" not in str(error.value)
   assert (tmp_path / "FILE.db").read_text() == "something else"
+
+
+def test_a_database_that_another_process_holds_is_one_line(tmp_path, capfd):
+  lite = pytest.importorskip("milvus_lite.db")
+  held = lite.MilvusLite(str(tmp_path / "x.db"))
+  with pytest.raises(UserError, match=r"cannot open it: .*lock") as error:
+    index.build(f"milvus:{tmp_path / 'x.db'}", tmp_path, content(10))
+  held.close()
+  assert "\n" not in str(error.value)
+  assert "Traceback" not in "".join(capfd.readouterr())  # which Milvus Lite would print
+  index.build(f"milvus:{tmp_path / 'x.db'}", tmp_path, content(10))
+
+
+@pytest.mark.parametrize("package", ["pymilvus", "milvus_lite"])
+def test_without_milvus_it_says_what_to_install(tmp_path, monkeypatch, package):
+  monkeypatch.setitem(sys.modules, package, None)  # what an import finds that is not installed
+  with pytest.raises(UserError, match=rf"needs {package}; pip install 'ernie-jax\[milvus\]'"):
+    index.build(f"milvus:{tmp_path / 'x.db'}", tmp_path, content(10))
 
 
 def test_a_server_that_does_not_answer_is_one_line(tmp_path, monkeypatch):
