@@ -44,9 +44,7 @@ TRAINING_NUMBERS = 2**28  # but no more numbers in all: 1 GiB
 OUTGROWN = 4  # times as many passages as it was trained for: ivfpq is made anew
 TIMEOUT = 60  # seconds that Milvus has for an answer
 CONNECT = 10  # seconds to connect
-QUIET = (
-  300_000  # milliseconds between signs of life: Milvus Lite hangs up on those who ask more often, as pymilvus does
-)
+QUIET = 300_000  # milliseconds between signs of life: Milvus Lite hangs up on a client that asks more often
 LONGEST = 65_535  # bytes of a text that Milvus takes
 INSERTED = 256  # passages of one message: 34 MB where all texts are that long, and a server takes 64
 MOST = 16_384  # results of a query that Milvus gives
