@@ -6,7 +6,8 @@
   GET /api/match?q=...&row=123               similarities of the query's tokens and a passage's
 
 Everything else is refused with a 4xx, and the reason is JSON, {"error": "..."} (a wrong Host: in words). The searcher
-runs in one thread, for it is not thread-safe; a bounded number of requests wait for it, each no longer than a bounded time, then it is a 503.
+runs in one thread, for it is not thread-safe; a bounded number of requests wait for it, each no longer than a bounded
+time, then it is a 503.
 """
 
 # Annotations are not postponed here: FastAPI reads those of the routes, whose names are local, as fastapi's import is.
