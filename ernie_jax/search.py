@@ -63,7 +63,8 @@ class Model:
       say(f"{error}: no zero-shot ranking")
       return None
     shapes = (dataclasses.replace(checkpoint.architecture, special=self.template.tokenizer.special),) * 2
-    params = step.init_params(dataclasses.replace(s, share_encoder=True), *shapes, jax.random.key(0))
+    student = dataclasses.replace(s, share_encoder=True, teacher_start="", teacher_scratch=None)  # it alone is needed
+    params = step.init_params(student, *shapes, jax.random.key(0))
     return dataclasses.replace(self, params=pretrained.assign(params, checkpoint, None))
 
   def encode(self, store: Ragged, *, query: bool, late: bool) -> retrieval.Encoded:

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from test_retrieval import WORDS
 
-from ernie_jax import checkpoints, columns, config, evaluate, mesh, retrieval, scores, search, step, tokens
+from ernie_jax import checkpoints, columns, config, evaluate, mesh, pretrained, retrieval, scores, search, step, tokens
 from ernie_jax.__main__ import main
 from ernie_jax.search import Searcher
 
@@ -48,6 +49,7 @@ def place(tmp_path_factory):
   return place
 
 
+ERNIE = Path(__file__).parent / "fixtures" / "ernie"
 QUERIES = ["brown foxes jump", "old birds sing of rain", "lazy"]
 
 
@@ -239,3 +241,22 @@ def test_another_corpus_under_the_same_name_is_told(place, tmp_path, capsys):
   path.write_text(path.read_text().replace('"corpus": "', '"corpus": "0'))
   assert main(["search", str(tmp_path / "moved"), "x"]) == 2
   assert "of another corpus" in capsys.readouterr().err
+
+
+def test_the_model_before_training_has_the_checkpoint_s_weights(tmp_path):
+  checkpoint = pretrained.load(ERNIE, "")
+  tokenizer = tokens.Tokenizer.train(WORDS, checkpoint.architecture.vocabulary)
+  shape = dataclasses.replace(checkpoint.architecture, special=tokenizer.special)
+  model = config.Model(start=str(ERNIE), teacher_start=str(ERNIE), late_width=8)
+  params = step.init_params(model, shape, shape, jax.random.key(0))  # "trained": not the checkpoint's
+  about = {"student": "cascade", "corpus": "encode", "fingerprint": "", "data": dataclasses.asdict(config.Data())}
+  checkpoints.save_model(tmp_path / "model", params, model, about)
+  tokenizer.save(tmp_path / "model" / "tokenizer")
+  loaded = search.Model.load(tmp_path)
+  before = loaded.before()
+  found = checkpoints.named(before.params["student"].encoder)
+  for name, x in checkpoint.encoder.items():
+    np.testing.assert_array_equal(found[name], x)
+  store = tokens.in_memory(["a b c"], tokenizer)
+  vectors = [one.encode(store, query=True, late=False).vectors for one in (before, loaded)]
+  assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
