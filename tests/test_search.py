@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -260,3 +263,19 @@ def test_the_model_before_training_has_the_checkpoint_s_weights(tmp_path):
   store = tokens.in_memory(["a b c"], tokenizer)
   vectors = [one.encode(store, query=True, late=False).vectors for one in (before, loaded)]
   assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_two_hosts_encode_shards_of_their_own_into_one_folder(place, tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  code = "import sys; from ernie_jax import collection; collection.SHARD = 14; from ernie_jax.__main__ import main; "
+  command = [sys.executable, "-c", code + "sys.exit(main(sys.argv[1:]))", "encode", str(place / "run"), "--late", "8"]
+  hosts = ["--multihost", "--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process"]
+  both = [subprocess.Popen([*command, "--output", str(tmp_path / "two"), *hosts, str(i)]) for i in range(2)]
+  assert [one.wait(timeout=200) for one in both] == [0, 0]
+  subprocess.run([*command, "--output", str(tmp_path / "one")], check=True)
+  files = lambda folder: {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.suffix == ".npy"}
+  assert files(tmp_path / "two") == files(tmp_path / "one")
+  assert len(list((tmp_path / "two" / "vectors").iterdir())) == 5
