@@ -154,9 +154,10 @@ class Searcher:
     """
     if how not in get_args(How):
       raise UserError(f"--with {how}: known are {', '.join(get_args(How))}")
-    for query in queries:
-      if not query.isprintable() and query.encode(errors="replace").decode() != query:
-        raise UserError(f"query {query!r}: is not UTF-8; set the terminal to it")
+    try:
+      "".join(queries).encode()
+    except UnicodeEncodeError as error:
+      raise UserError(f"query {error.object!r:.80}: is not UTF-8; set the terminal to it") from error
     k = min(k, len(self.corpus.vectors))
     if how == "bm25":
       return self.bm25.search(queries, k)
