@@ -27,7 +27,7 @@ from ernie_jax.checkpoints import named
 from ernie_jax.columns import Ragged, Strings
 from ernie_jax.config import Interrupted, UserError
 from ernie_jax.progress import Progress
-from ernie_jax.scores import Student, late_width
+from ernie_jax.scores import Student, dual_width, late_width
 from ernie_jax.templates import Template
 
 SHARD = 16_384  # passages
@@ -157,7 +157,7 @@ def open_passages(directory: Path, fingerprint: str) -> Passages:
 
 def fingerprint(student: Student, model: config.Model, template: Template) -> str:
   """16 hex digits of all that decides a text's vector: weights, settings, tokenizer and template."""
-  settings = {name: getattr(model, name) for name in ("pooling", "cosine", "late_width", "tied", "dtype")}
+  settings = {name: getattr(model, name) for name in ("pooling", "cosine", "dual_width", "late_width", "tied", "dtype")}
   texts = {name: getattr(template.data, name) for name in ("query_length", "passage_length", "template", "markers")}
   said = json.dumps([settings, texts, template.data.augment, tokens.digest(template.tokenizer)])
   digest = hashlib.sha256(said.encode())
@@ -195,7 +195,7 @@ def write(
     "model": fingerprint(student, model, template),
     "corpus": corpus,
     "count": len(store),
-    "width": student.encoder.architecture.width,
+    "width": dual_width(student),
     "dtype": dtype,
     "late": late,
     "late_width": late_width(student),

@@ -155,6 +155,7 @@ class Model:
   scratch: Architecture = Architecture()
   pooling: Literal["cls", "mean"] = "cls"  # the paper's family reads the first token
   cosine: bool = False  # normalise dual-encoder vectors; then set loss.temperature.dual to about 0.05
+  dual_width: int | None = None  # of dual-encoder vectors, by a linear map (ERNIE-Search's emb_reduce_linear); None: H
   late_width: int | None = 128  # D of late interaction; None uses the hidden states themselves
   tied: bool = True  # one encoder for queries and passages
   teacher_start: str = ""  # the cross-encoder's checkpoint; empty: as the student's
@@ -168,7 +169,9 @@ class Model:
 
   def __post_init__(self):
     check_choices(self, "model.")
-    check(self.late_width is None or self.late_width > 0, "model.late_width", self.late_width, "use 128 or None")
+    for field in ("dual_width", "late_width"):
+      width = getattr(self, field)
+      check(width is None or width > 0, f"model.{field}", width, "must be at least 1, or None for the encoder's own")
     check(self.dropout is None or 0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
     check(
       not (self.share_encoder and self.teacher_start),
@@ -218,6 +221,10 @@ class Weights:
     return bool(self.active & {"nll_ce", "kl_ce_li", "kl_ce_de", "kl_attention"})
 
   @property
+  def needs_dual(self) -> bool:
+    return bool(self.active & {"nll_de", "kl_li_de", "kl_ce_de"}) or self.needs_twin
+
+  @property
   def needs_late(self) -> bool:
     return bool(self.active & {"nll_li", "kl_ce_li", "kl_li_de", "kl_attention"})
 
@@ -249,7 +256,7 @@ class Optimizer:
   """AdamW, linear warm-up, linear decay to 0; no weight decay on norms and biases."""
 
   learning_rate: float = 2e-5
-  head_learning_rate: float | None = None  # of the late-interaction projection and the logit; None: the same
+  head_learning_rate: float | None = None  # of the students' projections and the logit; None: the same
   warmup: float = 0.1  # share of the stage's steps
   weight_decay: float = 0.01
   clip: float = 1.0  # largest global gradient norm

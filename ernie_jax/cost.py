@@ -88,7 +88,10 @@ def flops(
     dual_pool |= "kl_li_de" in terms and train.late_pool == "global"
     vectors = passages if terms & {"nll_de", "kl_li_de", "kl_ce_de"} else 0
     vectors += queries * passages * (2 if weights.needs_twin else int(dual_pool))
-    total += 3 * (copies * towers + 2 * vectors * student.width)
+    width = student.width if model.dual_width is None else model.dual_width
+    total += 3 * (copies * towers + 2 * vectors * width)
+    if model.dual_width is not None and weights.needs_dual:
+      total += 3 * copies * 2 * (queries + passages) * student.width * width
 
   if weights.needs_late:
     width = student.width if model.late_width is None else model.late_width

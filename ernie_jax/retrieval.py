@@ -150,7 +150,7 @@ def encode(
   sizes = (template.query_sizes if query else template.passage_sizes)(store.lengths)
   longest = template.data.query_length if query else template.data.passage_length
   offsets = np.concatenate([[0], np.cumsum(sizes)])
-  vectors = np.zeros((len(store), student.encoder.architecture.width), np.float32)
+  vectors = np.zeros((len(store), scores.dual_width(student)), np.float32)
   tokens = np.zeros((offsets[-1] if late else 0, scores.late_width(student)), np.float16)
 
   def make(texts: list[int], length: int, **layout: Any) -> Rows:

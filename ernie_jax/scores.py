@@ -67,6 +67,7 @@ class Student(nnx.Module):
     self.encoder = encoder(keys[0])
     self.query_encoder = None if model.tied else encoder(keys[0])
     self.projection = linear(a.width, model.late_width, nnx.Rngs(keys[2]), bias=False) if model.late_width else None
+    self.reduction = linear(a.width, model.dual_width, nnx.Rngs(keys[1])) if model.dual_width else None
 
 
 class Teacher(nnx.Module):
@@ -86,7 +87,7 @@ class Teacher(nnx.Module):
 class Embeddings:
   """What one student pass makes of N texts of at most L tokens."""
 
-  vector: Float[Array, "n h"]
+  vector: Float[Array, "n h"]  # or as wide as `model.dual_width`
   mask: Bool[Array, "n l"]
   content: Bool[Array, "n l"]  # tokens that are neither padding nor special
   tokens: Float[Array, "n l d"] = struct.field(default=None)  # unit length, in the model's dtype
@@ -123,6 +124,8 @@ def embed(
     vector = jnp.where(read, by_text(hidden, several).astype(jnp.float32), 0).sum(1) / read.sum(1)
   else:
     vector = first(hidden, several).astype(jnp.float32)
+  if student.reduction is not None:
+    vector = student.reduction(vector)
   vectors = jnp.split(unit(vector) if model.cosine else vector, copies)
   tokens: Any = None
   if late:
@@ -132,6 +135,11 @@ def embed(
   mask = owned(rows) != 0
   special = jnp.array(encoder.architecture.special or (-1,))
   return Embeddings(vectors[0], mask, mask & ~jnp.isin(by_text(rows.tokens, rows), special), tokens, twin)
+
+
+def dual_width(student: Student) -> int:
+  """How wide a dual-encoder vector is."""
+  return student.encoder.architecture.width if student.reduction is None else student.reduction.out_features
 
 
 def late_width(student: Student) -> int:

@@ -55,6 +55,8 @@ def group(name: str, model: config.Model, weights: config.Weights) -> str:
     return "frozen" if not teaching else "head" if name.startswith("teacher.head.") else "body"
   if name.startswith("student.projection."):
     return "head" if weights.needs_late else "frozen"
+  if name.startswith("student.reduction."):
+    return "head" if weights.needs_dual else "frozen"
   shared = model.share_encoder and name.startswith("student.encoder.")
   return "body" if weights.needs_student or (shared and teaching) else "frozen"
 

@@ -65,6 +65,8 @@ def test_heads_follow_the_configuration():
   shared = cost.flops(SMALL, LARGE, Model(share_encoder=True), dataclasses.replace(LIST, weights=ce), DATA, rows(LIST))
   assert shared == cost.flops(SMALL, SMALL, Model(), dataclasses.replace(LIST, weights=ce), DATA, rows(LIST))
   assert total(li, Model(late_width=None)) == 3 * (STUDENT + 6 * 2 * 4 * 6 * 4)
+  de, narrow = Weights.only(nll_de=1), Model(dual_width=1)
+  assert total(de, narrow) == 3 * (STUDENT + 2 * 4 * (2 + 6) * 1 + 2 * 1 * (6 + 2 * 6))
 
 
 def test_recomputation_is_not_counted():

@@ -123,6 +123,19 @@ def test_mean_pooling_cosine_and_untied_towers():
     np.testing.assert_allclose(e.tokens[i], unit, rtol=1e-4, atol=1e-5)
 
 
+def test_dual_vectors_are_reduced_and_token_vectors_are_not():
+  model = config.Model(dual_width=5, late_width=8)
+  params = step.init_params(model, TINY, TINY, jax.random.key(1))
+  student, rows = params["student"], make_batch().queries
+  e, whole = (jax.jit(lambda s, r, m=m: scores.embed(s, m, r, None, query=True)) for m in (model, config.Model()))
+  e = e(student, rows)
+  hidden = np.asarray(jax.jit(lambda e, r: e(r)[0])(student.encoder, rows))
+  kernel, bias = np.asarray(student.reduction.kernel[...]), np.asarray(student.reduction.bias[...])
+  np.testing.assert_allclose(e.vector, hidden[:, 0] @ kernel + bias, rtol=1e-4, atol=1e-5)
+  student.reduction = None
+  np.testing.assert_array_equal(e.tokens, whole(student, rows).tokens)
+
+
 def test_padding_changes_no_score(tiny_params):
   model, params = tiny_params
   short, long = (score(model, params, make_batch(pad=pad)) for pad in (0, 3))
