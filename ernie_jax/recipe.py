@@ -31,6 +31,7 @@ from ernie_jax import (
   datasets,
   encoder,
   evaluate,
+  hub,
   mesh,
   mining,
   pretrained,
@@ -253,7 +254,10 @@ def prepare(directory: Path, settings: Config) -> Run:
     current, checkpoint_pair, shapes = sources(directory, settings)
   mesh.agree("the data, weights or tokenizer", json.dumps(read(directory / "prepare" / "manifest.json")["begun"]))
   params = step.init_params(settings.model, *shapes, jax.random.key(settings.seed))
-  current.params = jax.device_get(pretrained.assign(params, *checkpoint_pair))
+  params, random = pretrained.assign(params, *checkpoint_pair)
+  if random and checkpoint_pair[0] is not None:
+    say(f"  random at the start, for no checkpoint brings it: {', '.join(random)}")
+  current.params = jax.device_get(params)
   return current
 
 
@@ -271,21 +275,22 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     raise UserError(
       f"mine.use={settings.mine.use!r}: the training queries bring no negatives; use 'mined', or add some to the data"
     )
-  student = start("model.start", settings.model.start, cache)
   own_teacher = bool(settings.model.teacher_start)
-  teacher = start("model.teacher_start", settings.model.teacher_start, cache) if own_teacher else student
+  student = start("model.start", settings.model.start, cache)
+  if own_teacher:
+    teacher = start("model.teacher_start", settings.model.teacher_start, cache, teacher=True)
+  else:
+    teacher = student and start("model.start", settings.model.start, cache, teacher=True)
+  for note in dict.fromkeys(f"{c.source}: {note}" for c in (student, teacher) if c is not None for note in c.notes):
+    say(f"  {note}")
+  student = student and student.with_layers(settings.model.start_layers, "model.start_layers")
   passages = data.corpus.passages
   if student is not None:
     tokenizer = tokens.Tokenizer.load(student.directory)
   else:
     tokenizer = tokens.Tokenizer.train(passages, settings.model.scratch.vocabulary)
   if own_teacher and teacher is not None:
-    vocabulary = tokens.Tokenizer.load(teacher.directory).backend.get_vocab()
-    if vocabulary != tokenizer.backend.get_vocab():
-      raise UserError(
-        f"model.teacher_start={settings.model.teacher_start!r}: its vocabulary is not the student's, and both read the "
-        "same tokens; choose a teacher of the same family"
-      )
+    teacher.must_read(tokenizer, f"model.teacher_start={settings.model.teacher_start!r}")
   # What this run began with; a run continues with nothing else.
   known = place / "manifest.json"
   begun = {
@@ -344,13 +349,13 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
   return current, (student, teacher), shapes
 
 
-def start(field: str, name: str, cache: Path) -> pretrained.Checkpoint | None:
+def start(field: str, name: str, cache: Path, *, teacher: bool = False) -> pretrained.Checkpoint | None:
   """The checkpoint that a field names; None for a start from scratch."""
   if not name:
     return None
   try:
-    return pretrained.load(*pretrained.locate(name, cache, field))
-  except pretrained.Unreachable as error:
+    return pretrained.load(*hub.locate(name, cache, field), teacher=teacher)
+  except hub.Unreachable as error:
     say(f"  {error}: starting from random weights, with a vocabulary built from the corpus; expect far lower quality")
     return None
 
@@ -362,16 +367,8 @@ def architecture(
   if checkpoint is None:
     a = dataclasses.replace(scratch, vocabulary=len(tokenizer), special=tokenizer.special)
   else:
-    a = dataclasses.replace(checkpoint.architecture, special=tokenizer.special)
-    if len(tokenizer) > a.vocabulary:
-      raise UserError(
-        f"{checkpoint.directory}: the tokenizer has {len(tokenizer)} entries, the weights {a.vocabulary}; they differ"
-      )
-  if settings.data.pair_length > a.positions:
-    raise UserError(
-      f"data.passage_length={settings.data.passage_length}: with the query a pair has {settings.data.pair_length} "
-      f"tokens, the encoder has {a.positions} positions; shorten it"
-    )
+    a = checkpoint.read_with(tokenizer)
+  settings.data.fits(a)
   return a
 
 

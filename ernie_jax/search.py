@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import jax
 import numpy as np
 
-from ernie_jax import checkpoints, collection, columns, config, mesh, pretrained, retrieval, step, topk
+from ernie_jax import checkpoints, collection, columns, config, hub, mesh, pretrained, retrieval, step, topk
 from ernie_jax import index as indexes
 from ernie_jax.bm25 import BM25
 from ernie_jax.collection import Collection
@@ -51,6 +51,11 @@ class Model:
     )
     return cls(params, settings, template, collection.fingerprint(params["student"], settings, template), about)
 
+  @property
+  def crosses(self) -> bool:
+    """Whether there is a trained cross-encoder; an imported model may have none."""
+    return not any(name.startswith("teacher.") for name in self.about.get("random", ()))
+
   def before(self) -> Model | None:
     """The model as its training began, from a checkpoint; None if that was random, or cannot be had."""
     s = self.settings
@@ -58,14 +63,14 @@ class Model:
     if not s.start:
       return None
     try:
-      checkpoint = pretrained.load(*pretrained.locate(s.start, cache))
-    except pretrained.Unreachable as error:
+      checkpoint = pretrained.load(*hub.locate(s.start, cache)).with_layers(s.start_layers, "model.start_layers")
+    except hub.Unreachable as error:
       say(f"{error}: no zero-shot ranking")
       return None
     shapes = (dataclasses.replace(checkpoint.architecture, special=self.template.tokenizer.special),) * 2
     student = dataclasses.replace(s, share_encoder=True, teacher_start="", teacher_scratch=None)  # it alone is needed
     params = step.init_params(student, *shapes, jax.random.key(0))
-    return dataclasses.replace(self, params=pretrained.assign(params, checkpoint, None))
+    return dataclasses.replace(self, params=pretrained.assign(params, checkpoint, None)[0])
 
   def encode(self, store: Ragged, *, query: bool, late: bool) -> retrieval.Encoded:
     what = "encode queries" if query else "encode passages"
@@ -182,7 +187,8 @@ class Searcher:
     values, rows = self.nearest(asked.vectors, max(k, depth))
     yield "dual", (values, rows)
     yield "late", self.late(asked, rows[:, :depth])
-    yield "cross", self.cross(store, rows[:, :depth])
+    if self.model.crosses:
+      yield "cross", self.cross(store, rows[:, :depth])
 
   def untrained(self, before: Model, store: Ragged, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The ranking by the weights that training began with: the corpus is encoded with them, in memory."""
@@ -196,6 +202,8 @@ class Searcher:
 
   def cross(self, store: Ragged, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Passage rows [Q, n] re-ranked by the cross-encoder, for the tokens of queries."""
+    if not self.model.crosses:
+      raise UserError(f"{self.directory}: its model has no cross-encoder; import one: `ernie-jax import ... --cross`")
     needed = np.unique(rows[rows >= 0])
     local = np.where(rows >= 0, np.searchsorted(needed, rows), -1)
     with jax.set_mesh(mesh.make()):

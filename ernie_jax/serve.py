@@ -291,6 +291,8 @@ def warm(searcher: "Searcher") -> None:
   """Compiles what the page asks for, for short queries and for long ones: the first would wait for it."""
   for query in ("warm", "warm " * (LONGEST // 5)):
     for how in ("bm25", "dual", "late", "cross"):
+      if how == "cross" and not searcher.model.crosses:
+        continue
       searcher.search([query], MOST if how == "dual" else 10, how, DEPTH.get(how, MOST))
     searcher.match(query, 0)
 

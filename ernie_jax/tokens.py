@@ -58,9 +58,13 @@ class Tokenizer:
 
   @classmethod
   def load(cls, directory: Path) -> Tokenizer:
-    """From `tokenizer.json`, or `vocab.txt` (with `tokenizer_config.json` if there is one)."""
+    """From `tokenizer.json`, or `vocab.txt` (with `tokenizer_config.json` if there is one); or a vocabulary file."""
+    if directory.is_file():
+      return cls.of_vocabulary(directory)
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
       raise UserError(f"{directory}: no tokenizer.json and no vocab.txt; name a complete checkpoint directory")
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+      return cls.of_vocabulary(directory / "vocab.txt")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch
     import transformers
 
@@ -71,29 +75,36 @@ class Tokenizer:
     return cls.wrap(backend, str(directory))
 
   @classmethod
+  def of_vocabulary(cls, path: Path) -> Tokenizer:
+    """Lower-casing, from lines with a token, or with `token TAB number` as ERNIE's first Chinese models have them."""
+    try:
+      lines = path.read_text(encoding="utf-8").split("\n")
+      numbered = enumerate(line.rstrip("\r").split("\t") for line in lines)
+      ids = {own[0]: int(own[1]) if own[1:] else i for i, own in numbered if own != [""]}
+    except OSError as error:
+      raise UserError(f"{path}: cannot be read ({error.strerror}); name a complete checkpoint directory") from error
+    except ValueError as error:
+      raise UserError(f"{path}: not a vocabulary ({first_line(error)}); download the checkpoint again") from error
+    from tokenizers import models
+
+    return cls.wrap(_lower_casing(models.WordPiece(ids, unk_token="[UNK]")), str(path))
+
+  @classmethod
   def train(cls, texts: Sequence[str], size: int) -> Tokenizer:
     """A lower-casing WordPiece vocabulary of at most `size` entries built from the texts, evenly chosen `SAMPLE`."""
-    import tokenizers
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
-    def make(model: models.WordPiece) -> tokenizers.Tokenizer:
-      backend = tokenizers.Tokenizer(model)
-      backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-      backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-      backend.decoder = decoders.WordPiece()
-      return backend
+    from tokenizers import models, trainers
 
     texts = texts[:: -(-len(texts) // SAMPLE) or 1]
     # The trainer numbers continuing letters (##a) in an order that changes from run to run, and breaks ties by number:
     # numbered beforehand, the same corpus gives the same vocabulary.
-    draft = make(models.WordPiece(unk_token="[UNK]"))
+    draft = _lower_casing(models.WordPiece(unk_token="[UNK]"))
     split = lambda text: draft.pre_tokenizer.pre_tokenize_str(draft.normalizer.normalize_str(text))
     inner = sorted({f"##{letter}" for text in texts for word, _ in split(text) for letter in word[1:]})
     trainer = trainers.WordPieceTrainer(
       vocab_size=size, special_tokens=[*SPECIAL, *MARKERS, *inner], show_progress=False
     )
     draft.train_from_iterator(texts, trainer)
-    backend = make(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
+    backend = _lower_casing(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
     backend.add_special_tokens([*SPECIAL, *MARKERS])
     return cls.wrap(backend, "vocabulary built from the corpus")
 
@@ -118,6 +129,18 @@ class Tokenizer:
     settings = {"tokenizer_class": "BertTokenizerFast", "mask_token": "[MASK]"} | names
     config.write(directory / "tokenizer_config.json", json.dumps(settings, indent=2))
     config.write(directory / "tokenizer.json", self.backend.to_str(pretty=True))
+
+
+def _lower_casing(model: tokenizers.models.WordPiece) -> tokenizers.Tokenizer:
+  """BERT's uncased tokenizer around a vocabulary."""
+  import tokenizers
+  from tokenizers import decoders, normalizers, pre_tokenizers
+
+  backend = tokenizers.Tokenizer(model)
+  backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+  backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  backend.decoder = decoders.WordPiece()
+  return backend
 
 
 def digest(tokenizer: Tokenizer) -> str:

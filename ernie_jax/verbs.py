@@ -113,6 +113,33 @@ class Serve:
 
 
 @dataclasses.dataclass(frozen=True)
+class Import:
+  """Makes a model for `encode`, `search`, `export` and `model.start` of released weights."""
+
+  # a folder or a hub id: Hugging Face (bert, ernie), sentence-transformers, PyLate, PaddleNLP, RocketQA, a run
+  source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+  output: Path = Path("imported")
+  cross: str = ""  # the same for its cross-encoder, whose vocabulary must be the same
+  layers: tuple[int, ...] = ()  # of the checkpoint, from 0, for a smaller model: 0 1 2, or 1 3 5; empty: all
+  pooling: Literal["cls", "mean"] | None = None  # None: as the checkpoint says, else cls
+  cosine: bool | None = None  # vectors of length 1; None: as the checkpoint says, else not
+  pooler: bool | None = None  # the cross-encoder's tanh pooler before its logit; None: if the checkpoint has one
+  epsilon: float | None = None  # LayerNorm's; None: as the checkpoint says
+  query_length: int | None = None  # tokens, special ones included; None: as the checkpoint says, else 32
+  passage_length: int | None = None  # None: as the checkpoint says, else 128
+  cache: str = Data.cache  # of downloaded weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """Writes a finished run's model into a folder that another tool loads, with a model card."""
+
+  run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]  # a finished run, or an imported model
+  to: Literal["sentence-transformers", "pylate", "cross-encoder", "hf", "onnx"]
+  output: Path = Path("exported")  # a new folder
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
   """Compiles a stage's training step for a TPU slice, without a TPU, and says what it would take."""
 
@@ -498,6 +525,50 @@ def mine(args: Sequence[str]) -> None:
   print(f"next: ernie-jax run CONFIG --mine.last {chosen.last} --mine.margin {chosen.margin} trains on such negatives")
 
 
+def bring(args: Sequence[str]) -> None:
+  chosen = parse(Import, "import", args)
+  if chosen.output.exists() and not (chosen.output.is_dir() and not any(chosen.output.iterdir())):
+    raise UserError(f"--output {chosen.output}: is there; name a new folder")
+  from ernie_jax import config, hub, pretrained
+
+  def load(name: str, field: str, *, teacher: bool) -> pretrained.Checkpoint:
+    found = pretrained.load(*hub.locate(name, Path(chosen.cache).expanduser(), field), teacher=teacher)
+    if chosen.epsilon is not None:
+      found = dataclasses.replace(found, architecture=dataclasses.replace(found.architecture, epsilon=chosen.epsilon))
+    return found
+
+  given = lambda *fields: {f: x for f in fields if (x := getattr(chosen, f)) is not None}
+  student = load(chosen.source, "CHECKPOINT", teacher=False).with_layers(chosen.layers, "--layers")
+  cross = load(chosen.cross, "--cross", teacher=True) if chosen.cross else None
+  settings = student.model | given("pooling", "cosine")
+  pooler = {
+    "teacher_pooler": cross is None or cross.model["teacher_pooler"] if chosen.pooler is None else chosen.pooler
+  }
+  model = config.Model(share_encoder=cross is None, **settings | pooler)
+  data = Data(**student.data | given("query_length", "passage_length"))
+  random = pretrained.adopt(student, cross, model, data, chosen.output)
+  for own in (student, cross):
+    if own is not None:
+      a = own.architecture
+      print(f"{own.source}: {a.layers} layers, width {a.width}, vocabulary {a.vocabulary}, epsilon {a.epsilon:g}")
+      for note in own.notes:
+        print(f"  {note}")
+  assumed = "" if settings.keys() >= {"pooling", "cosine"} else " (assumed: --pooling and --cosine say otherwise)"
+  print(f"vectors: pooling {model.pooling}, {'cosine' if model.cosine else 'dot product'}{assumed}")
+  print(f"texts: queries of {data.query_length} tokens, passages of {data.passage_length}, template {data.template}")
+  if random:
+    print(f"random, for no checkpoint brings it: {', '.join(random)}")
+  print(f"next: ernie-jax encode {chosen.output} NAME --from DIR, or --model.start {chosen.output}")
+
+
+def export(args: Sequence[str]) -> None:
+  chosen = parse(Export, "export", args)
+  from ernie_jax import export as layouts
+
+  layouts.export(chosen.run, chosen.to, chosen.output)
+  print(f"{chosen.output}: {chosen.to}; README.md says how to load it")
+
+
 def plan(args: Sequence[str]) -> None:
   named, settings = named_config(args, "plan", "configs/msmarco.py --topology v5e:16x16")
   chosen = parse(Plan, "plan CONFIG", args[named:], Plan(settings))
@@ -547,5 +618,7 @@ VERBS = {
   "serve": serve,
   "mine": mine,
   "data": data,
+  "import": bring,
+  "export": export,
   "plan": plan,
 }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ernie_jax import config, pretrained, step, templates, tokens
+from ernie_jax import config, hub, pretrained, step, templates, tokens
 from ernie_jax.config import UserError
 from ernie_jax.encoder import Encoder, Rows
 
@@ -21,15 +21,15 @@ def filled(checkpoint, scan=True):
   """Our encoder with the checkpoint's weights, no dropout."""
   model = config.Model(scan=scan)
   a = checkpoint.architecture
-  params = pretrained.assign(step.init_params(model, a, a, jax.random.key(0)), checkpoint, checkpoint)
+  params, _ = pretrained.assign(step.init_params(model, a, a, jax.random.key(0)), checkpoint, checkpoint)
   return jax.jit(lambda rows: params["student"].encoder(rows)[0])
 
 
 @pytest.fixture(scope="module")
 def minilm():
   try:
-    return pretrained.load(*pretrained.locate(pretrained.MINILM, Path("~/.cache/ernie_jax").expanduser()))
-  except pretrained.Unreachable as error:
+    return pretrained.load(*hub.locate(hub.MINILM, Path("~/.cache/ernie_jax").expanduser()))
+  except hub.Unreachable as error:
     pytest.skip(str(error))
 
 
@@ -110,7 +110,7 @@ def test_a_cross_encoders_logit_is_taken_over(copy):
   edit(copy, lambda t: t.update({"classifier.weight": weight, "classifier.bias": np.float32([3])}))
   checkpoint = pretrained.load(copy, "")
   a = checkpoint.architecture
-  params = pretrained.assign(step.init_params(config.Model(), a, a, jax.random.key(0)), checkpoint, checkpoint)
+  params, _ = pretrained.assign(step.init_params(config.Model(), a, a, jax.random.key(0)), checkpoint, checkpoint)
   np.testing.assert_array_equal(params["teacher"].head.kernel[...], weight.T)
   np.testing.assert_array_equal(params["teacher"].head.bias[...], [3])
   edit(copy, lambda t: t.update({"classifier.weight": np.zeros((2, 16), np.float32)}))
@@ -166,7 +166,7 @@ def test_damaged_checkpoints_are_one_line(copy, name, content, says):
 @pytest.mark.parametrize("start", ["./nowhere", "/nowhere/at/all", "a", "a/b/c"])
 def test_a_path_that_is_none_is_one_line(start, tmp_path):
   with pytest.raises(UserError, match="no such directory"):
-    pretrained.locate(start, tmp_path)
+    hub.locate(start, tmp_path)
 
 
 def test_a_changed_weight_file_is_refused(minilm, tmp_path):
@@ -178,7 +178,7 @@ def test_a_changed_weight_file_is_refused(minilm, tmp_path):
   raw[1000] ^= 1
   (folder / "vocab.txt").write_bytes(raw)
   with pytest.raises(UserError, match="SHA-256"):
-    pretrained.locate(pretrained.MINILM, tmp_path)
+    hub.locate(hub.MINILM, tmp_path)
 
 
 def test_every_parameter_of_both_towers_is_assigned():
@@ -186,7 +186,8 @@ def test_every_parameter_of_both_towers_is_assigned():
   a = checkpoint.architecture
   model = config.Model(tied=False)
   before = step.init_params(model, a, a, jax.random.key(0))
-  after = pretrained.assign(before, checkpoint, checkpoint)
+  after, random = pretrained.assign(before, checkpoint, checkpoint)
+  assert random == ["student.projection", "teacher.head"]
   names = jax.tree.leaves(step.names(before))
   pairs = zip(names, jax.tree.leaves(before), jax.tree.leaves(after))
   same = {name for name, x, y in pairs if np.array_equal(x, y)}
