@@ -50,6 +50,12 @@ def check(condition: bool, field: str, value: Any, remedy: str) -> None:
     raise UserError(f"{field}={value!r}: {remedy}")
 
 
+def must_be_new(folder: Path) -> None:
+  """`UserError` unless `--output` can be made, or is an empty folder."""
+  if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    raise UserError(f"--output {folder}: is there; name a new folder")
+
+
 def write(path: Path, content: bytes | str | Iterable[str]) -> None:
   """Writes a whole file or none. `UserError` if it cannot."""
   chunks = [content] if isinstance(content, bytes | str) else content

@@ -34,6 +34,7 @@ class Card(NamedTuple):
   library: str
   task: str
   code: str  # loads it; PLACE stands for the folder
+  note: str = ""  # where the tool does other than training did
 
 
 def export(run: Path, to: Layout, output: Path) -> None:
@@ -42,8 +43,7 @@ def export(run: Path, to: Layout, output: Path) -> None:
   Raises:
     UserError: `output` holds something, or the layout cannot express the model.
   """
-  if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-    raise UserError(f"--output {output}: is there; name a new folder")
+  config.must_be_new(output)
   model = Model.load(run)
   layouts: dict[Layout, Callable[[Model, Path], Card]] = {
     "sentence-transformers": sentence_transformers,
@@ -111,11 +111,13 @@ def sentence_transformers(model: Model, folder: Path) -> Card:
     modules = [(f"{MODULES}Router", "")]
   _modules(folder, modules)
   passage = '"a title: a text"' if d.template == "bert" else '("a title", "a text")'
+  tied = student.query_encoder is None
   return Card(
     "dual", "sentence-transformers", "sentence-similarity",
     f"""from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("PLACE")
 print(model.similarity(model.encode_query(["a query"]), model.encode_document([{passage}])))""",
+    f" With `model.max_seq_length = {d.query_length}`, longer queries are cut as they were." if tied else "",
   )  # fmt: skip
 
 
@@ -171,6 +173,8 @@ def cross_encoder(model: Model, folder: Path) -> Card:
     """from sentence_transformers import CrossEncoder
 model = CrossEncoder("PLACE")
 print(model.predict([("a query", "a passage")]))""",
+    " CrossEncoder cuts only what does not fit into both lengths together: of a long passage with a short query it "
+    "reads more than was read in training.",
   )  # fmt: skip
 
 
@@ -342,7 +346,7 @@ that teaches a dual-encoder.
 ```
 
 Queries were cut at {d.query_length} tokens, passages at {d.passage_length}; a passage is
-{"`title: text`" if d.template == "bert" else "title [SEP] text"}. {about}
+{"`title: text`" if d.template == "bert" else "title [SEP] text"}. {about}{card.note}
 
 ## Measured
 

@@ -527,9 +527,9 @@ def mine(args: Sequence[str]) -> None:
 
 def bring(args: Sequence[str]) -> None:
   chosen = parse(Import, "import", args)
-  if chosen.output.exists() and not (chosen.output.is_dir() and not any(chosen.output.iterdir())):
-    raise UserError(f"--output {chosen.output}: is there; name a new folder")
   from ernie_jax import config, hub, pretrained
+
+  config.must_be_new(chosen.output)
 
   def load(name: str, field: str, *, teacher: bool) -> pretrained.Checkpoint:
     found = pretrained.load(*hub.locate(name, Path(chosen.cache).expanduser(), field), teacher=teacher)
@@ -541,10 +541,8 @@ def bring(args: Sequence[str]) -> None:
   student = load(chosen.source, "CHECKPOINT", teacher=False).with_layers(chosen.layers, "--layers")
   cross = load(chosen.cross, "--cross", teacher=True) if chosen.cross else None
   settings = student.model | given("pooling", "cosine")
-  pooler = {
-    "teacher_pooler": cross is None or cross.model["teacher_pooler"] if chosen.pooler is None else chosen.pooler
-  }
-  model = config.Model(share_encoder=cross is None, **settings | pooler)
+  pooler = cross is not None and (cross.model["teacher_pooler"] if chosen.pooler is None else chosen.pooler)
+  model = config.Model(share_encoder=cross is None, **settings | {"teacher_pooler": pooler})
   data = Data(**student.data | given("query_length", "passage_length"))
   random = pretrained.adopt(student, cross, model, data, chosen.output)
   for own in (student, cross):

@@ -46,19 +46,32 @@ def test_minilm_equals_the_reference_on_real_text(minilm, scan):
   assert difference.max() < 1e-5
 
 
-def test_ernie_with_task_embeddings_and_relu_equals_the_reference():
-  stored = np.load(FIXTURES / "ernie.npz")
-  checkpoint = pretrained.load(FIXTURES / "ernie", "fixture")
-  assert checkpoint.architecture.tasks == 3
-  assert checkpoint.architecture.activation == "relu"
-  assert checkpoint.architecture.epsilon == 1e-5
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 6])
+def test_each_layer_of_minilm_equals_the_reference(minilm, layers):
+  """The first layers alone give that layer's hidden states."""
+  stored = np.load(FIXTURES / "minilm.npz")
+  ids = stored["tokens"][-1][stored["mask"][-1] > 0].astype(np.int32)[None]
+  rows = Rows(ids, np.ones_like(ids), np.arange(ids.size, dtype=np.int32)[None], np.zeros_like(ids))
+  found = filled(minilm.with_layers(range(layers), "layers"))(rows)
+  assert np.abs(np.asarray(found[0]) - stored["layers"][layers]).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+  ("name", "tasks", "activation", "positions", "epsilon"),
+  [
+    ("ernie", 3, "relu", 20, 1e-5),  # task embeddings
+    ("ernie_zh", 0, "relu", 513, 1e-12),
+    ("ernie_en", 0, "gelu", 20, 1e-12),
+  ],
+)
+def test_ernie_equals_the_reference(name, tasks, activation, positions, epsilon):
+  stored = np.load(FIXTURES / f"{name}.npz")
+  checkpoint = pretrained.load(FIXTURES / name, "fixture")
+  a = checkpoint.architecture
+  assert (a.tasks, a.activation, a.positions, a.epsilon) == (tasks, activation, positions, epsilon)
   ids = stored["tokens"].astype(np.int32)
-  rows = Rows(
-    ids,
-    np.ones_like(ids),
-    np.broadcast_to(np.arange(9, dtype=np.int32), ids.shape),
-    stored["types"].astype(np.int32),
-  )
+  places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+  rows = Rows(ids, np.ones_like(ids), places, stored["types"].astype(np.int32))
   np.testing.assert_allclose(filled(checkpoint)(rows), stored["hidden"], atol=1e-5)
 
 

@@ -1,0 +1,227 @@
+"""Exported models: read back bit for bit; arrays and settings as the tools' own files have them."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_retrieval import WORDS
+
+from ernie_jax import checkpoints, config, pretrained, step, templates, tokens
+from ernie_jax.__main__ import main
+from ernie_jax.export import export
+from ernie_jax.search import Model
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TEXTS = ["brown foxes jump", "old birds sing of rain and of [SEP] snow", "lazy"]
+SHAPE = config.Architecture(width=16, layers=3, heads=2, inner=32, positions=64, epsilon=1e-6)
+DATA = config.Data(query_length=9, passage_length=20)
+
+
+def made(directory: Path, shape=SHAPE, data=DATA, metrics=None, **settings) -> Path:
+  """A run's folder with a model whose every parameter is random, norms and biases too."""
+  tokenizer = tokens.Tokenizer.train(WORDS, 120)
+  shape = dataclasses.replace(shape, vocabulary=len(tokenizer), special=tokenizer.special)
+  model = config.Model(scratch=shape, **{"late_width": 8, **settings})
+  params = step.init_params(model, shape, shape, jax.random.key(0))
+  leaves, tree = jax.tree.flatten(params)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
+  about = {"student": "cascade", "corpus": "encode", "fingerprint": "f00d", "data": dataclasses.asdict(data)}
+  checkpoints.save_model(directory / "model", jax.tree.unflatten(tree, noisy), model, about)
+  tokenizer.save(directory / "model" / "tokenizer")
+  return directory
+
+
+def arrays(module) -> dict[str, np.ndarray]:
+  return {} if module is None else {name: np.asarray(x) for name, x in checkpoints.named(module).items()}
+
+
+def same(found: dict[str, np.ndarray], module) -> None:
+  expected = arrays(module)
+  assert found.keys() == expected.keys()
+  for name, x in expected.items():
+    assert found[name].dtype == x.dtype
+    np.testing.assert_array_equal(found[name], x, err_msg=name)
+
+
+TASKS = dataclasses.replace(SHAPE, tasks=3, types=4, activation="relu", dropout=0.2)
+DUAL = [
+  {},
+  {"pooling": "mean", "cosine": True},
+  {"dual_width": 5},
+  {"dual_width": 5, "cosine": True, "tied": False},
+  {"shape": TASKS, "data": dataclasses.replace(DATA, template="rocketqa")},
+]
+
+
+@pytest.mark.parametrize("settings", DUAL, ids=str)
+def test_a_dual_encoder_comes_back_bit_for_bit(tmp_path, settings):
+  run = made(tmp_path / "run", **settings)
+  export(run, "sentence-transformers", tmp_path / "out")
+  student, model = (own := Model.load(run)).params["student"], own.settings
+  found = pretrained.load(tmp_path / "out", "")
+  same(found.encoder, student.encoder)
+  same(found.query_encoder, student.query_encoder)
+  same(found.reduction, student.reduction)
+  assert found.architecture == dataclasses.replace(student.encoder.architecture, special=())
+  for field in ("pooling", "cosine", "dual_width", "tied"):
+    assert found.model[field] == getattr(model, field), field
+  assert found.data["passage_length"] == DATA.passage_length
+  assert found.data.get("query_length", 9) == 9
+
+
+@pytest.mark.parametrize(
+  "settings",
+  [{}, {"late_width": None}, {"data": dataclasses.replace(DATA, markers=True, augment=True)}, {"shape": TASKS}],
+  ids=str,
+)
+def test_late_interaction_comes_back_bit_for_bit(tmp_path, settings):
+  run = made(tmp_path / "run", **settings)
+  export(run, "pylate", tmp_path / "out")
+  own = Model.load(run)
+  found = pretrained.load(tmp_path / "out", "")
+  same(found.encoder, own.params["student"].encoder)
+  same(found.projection, own.params["student"].projection)
+  assert found.model["late_width"] == own.settings.late_width
+  assert found.notes == ()
+  for field in ("query_length", "passage_length", "markers", "augment"):
+    assert found.data[field] == getattr(own.template.data, field), field
+
+
+@pytest.mark.parametrize("settings", [{}, {"share_encoder": True}, {"shape": TASKS}], ids=str)
+def test_a_cross_encoder_comes_back_bit_for_bit(tmp_path, settings):
+  run = made(tmp_path / "run", **settings)
+  export(run, "cross-encoder", tmp_path / "out")
+  params = Model.load(run).params
+  found = pretrained.load(tmp_path / "out", "")
+  same(found.encoder, params["teacher"].encoder or params["student"].encoder)
+  same(found.pooler, params["teacher"].pooler)
+  same(found.head, params["teacher"].head)
+  assert found.model["teacher_pooler"]
+
+
+@pytest.mark.parametrize("settings", [{}, {"tied": False}, {"shape": TASKS}], ids=str)
+def test_an_encoder_comes_back_bit_for_bit(tmp_path, settings):
+  run = made(tmp_path / "run", **settings)
+  export(run, "hf", tmp_path / "out")
+  student = Model.load(run).params["student"]
+  if student.query_encoder is None:
+    same(pretrained.load(tmp_path / "out", "").encoder, student.encoder)
+  else:
+    same(pretrained.load(tmp_path / "out" / "query", "").encoder, student.query_encoder)
+    same(pretrained.load(tmp_path / "out" / "passage", "").encoder, student.encoder)
+
+
+def test_a_run_comes_back_bit_for_bit(tmp_path):
+  run = made(tmp_path / "run", tied=False, dual_width=5, pooling="mean")
+  own = Model.load(run)
+  student, teacher = (pretrained.load(run, "", teacher=teacher) for teacher in (False, True))
+  same(student.encoder, own.params["student"].encoder)
+  same(student.query_encoder, own.params["student"].query_encoder)
+  same(student.projection, own.params["student"].projection)
+  same(student.reduction, own.params["student"].reduction)
+  same(teacher.encoder, own.params["teacher"].encoder)
+  same(teacher.pooler, own.params["teacher"].pooler)
+  same(teacher.head, own.params["teacher"].head)
+  assert teacher.projection == teacher.query_encoder == {}
+  assert student.model == {name: getattr(own.settings, name) for name in pretrained.MODEL}
+
+
+@pytest.mark.parametrize("name", ["ernie", "ernie_zh"])
+def test_the_files_of_transformers_come_back(tmp_path, name):
+  """transformers' own file -> import -> export: the same names and bits, the same configuration."""
+  source = shutil.copytree(FIXTURES / name, tmp_path / "source")
+  (source / "vocab.txt").write_text("\n".join([*tokens.SPECIAL, *(f"word{i}" for i in range(35))]))
+  assert (
+    main(["import", str(source), "--output", str(tmp_path / "run"), "--passage-length", "8", "--query-length", "8"])
+    == 0
+  )
+  assert main(["export", str(tmp_path / "run"), "--to", "hf", "--output", str(tmp_path / "out")]) == 0
+  theirs, ours = (load_file(folder / "model.safetensors") for folder in (source, tmp_path / "out"))
+  assert ours.keys() == {name for name in theirs if not name.startswith("pooler")}
+  for key, x in ours.items():
+    np.testing.assert_array_equal(x, theirs[key], err_msg=key)
+  before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out"))
+  kind = set() if before["use_task_id"] else {"architectures", "model_type"}  # without task embeddings: BERT
+  assert {k for k, v in after.items() if k in before and before[k] != v} == kind
+
+
+@pytest.mark.parametrize("to", ["sentence-transformers", "pylate", "cross-encoder", "hf", "onnx"])
+def test_tokens_of_texts_and_pairs_are_ours(tmp_path, to):
+  run = made(tmp_path / "run")
+  export(run, to, tmp_path / "out")
+  import tokenizers
+
+  template = Model.load(run).template
+  theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+  theirs.encode_special_tokens = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())[
+    "split_special_tokens"
+  ]
+  store = tokens.in_memory(TEXTS, template.tokenizer)
+  one = theirs.encode(TEXTS[1])
+  rows = templates.rows([(store[1],)], len(one.ids), template.tokenizer)
+  assert one.ids == rows.tokens[0].tolist()
+  pair = theirs.encode(TEXTS[0], TEXTS[1])
+  rows = templates.rows([(store[0], store[1])], len(pair.ids), template.tokenizer)
+  assert pair.ids == rows.tokens[0].tolist()
+  assert pair.type_ids == rows.types[0].tolist()
+  assert tokens.digest(tokens.Tokenizer.load(tmp_path / "out")) == tokens.digest(template.tokenizer)
+
+
+def test_the_card_says_what_was_measured_and_on_what(tmp_path):
+  run = made(tmp_path / "run")
+  values = {"MRR@10": 0.25, "R@20": 0.5}
+  found = {"bm25": values, "dual": {"MRR@10": 0.31416, "R@20": 0.75}, "cross": values, "depth": {"cross": 10}}
+  config.write(run / "metrics.json", json.dumps(found))
+  config.write(run / "config.json", json.dumps({"seed": 1234567}))
+  export(run, "sentence-transformers", tmp_path / "dual")
+  card = (tmp_path / "dual" / "README.md").read_text()
+  assert "| dual | 0.3142 | 0.7500 |" in card
+  assert "`f00d`" in card
+  assert "1234567" in card
+  assert 'SentenceTransformer("dual")' in card
+  assert len(re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].strip().splitlines()) == 3
+  export(run, "cross-encoder", tmp_path / "cross")
+  assert "the dual-encoder's 10 best" in (tmp_path / "cross" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+  ("to", "settings", "says"),
+  [
+    ("cross-encoder", {"teacher_pooler": False}, "model.teacher_pooler"),
+    ("pylate", {"tied": False}, "one encoder"),
+  ],
+)
+def test_what_a_layout_cannot_hold_is_one_line_and_leaves_nothing(tmp_path, capsys, to, settings, says):
+  run = made(tmp_path / "run", **settings)
+  assert main(["export", str(run), "--to", to, "--output", str(tmp_path / "out")]) == 2
+  said = capsys.readouterr().err
+  assert says in said
+  assert said.count("\n") == 1
+  assert {p.name for p in tmp_path.iterdir()} == {"run"}
+
+
+def test_nothing_is_overwritten(tmp_path, capsys):
+  run = made(tmp_path / "run")
+  (tmp_path / "out").mkdir()
+  (tmp_path / "out" / "mine.txt").write_text("mine")
+  assert main(["export", str(run), "--to", "hf", "--output", str(tmp_path / "out")]) == 2
+  assert "name a new folder" in capsys.readouterr().err
+  assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+  assert main(["import", str(run), "--output", str(tmp_path / "out")]) == 2
+  assert "name a new folder" in capsys.readouterr().err
+
+
+def test_a_model_without_a_cross_encoder_exports_none(tmp_path, capsys):
+  run = made(tmp_path / "run")
+  export(run, "sentence-transformers", tmp_path / "dual")
+  assert main(["import", str(tmp_path / "dual"), "--output", str(tmp_path / "again")]) == 0
+  assert "random, for no checkpoint brings it: teacher.head" in capsys.readouterr().out
+  assert main(["export", str(tmp_path / "again"), "--to", "cross-encoder", "--output", str(tmp_path / "x")]) == 2
+  assert "no trained cross-encoder" in capsys.readouterr().err
