@@ -157,7 +157,7 @@ def open_passages(directory: Path, fingerprint: str) -> Passages:
 
 def fingerprint(student: Student, model: config.Model, template: Template) -> str:
   """16 hex digits of all that decides a text's vector: weights, settings, tokenizer and template."""
-  settings = {name: getattr(model, name) for name in ("pooling", "cosine", "dual_width", "late_width", "tied", "dtype")}
+  settings = {name: getattr(model, name) for name in ("pooling", "cosine", "late_width", "tied", "dtype")}
   texts = {name: getattr(template.data, name) for name in ("query_length", "passage_length", "template", "markers")}
   said = json.dumps([settings, texts, template.data.augment, tokens.digest(template.tokenizer)])
   digest = hashlib.sha256(said.encode())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from ernie_jax import __version__, config
+from ernie_jax import config
 from ernie_jax.config import UserError
 from ernie_jax.encoder import Encoder, Layer
 from ernie_jax.scores import Params, Student, Teacher, dual_width, late_width
@@ -36,36 +36,32 @@ class Graph:
     except ImportError as error:
       raise UserError(f"onnx: {error.name} is not installed; pip install 'ernie-jax[onnx]'") from error
     self.onnx = onnx
-    self.nodes: list[onnx.NodeProto] = []
-    self.weights: list[onnx.TensorProto] = []
+    opset = onnx.helper.make_opsetid("", OPSET)
+    self.model = onnx.ModelProto(ir_version=FORMAT, producer_name="ernie-jax", opset_import=[opset])
+    self.graph = self.model.graph  # filled in place: a list of weights would be a second copy of them
 
   def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
     """A node; its output."""
-    output = f"{kind}_{len(self.nodes)}"
-    self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
+    output = f"{kind}_{len(self.graph.node)}"
+    self.graph.node.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
     return output
 
   def weight(self, array: Any, name: str = "") -> str:
     """Integers stay such, all else is float32."""
     array = np.asarray(array)
-    array = np.ascontiguousarray(array, np.int64 if array.dtype.kind == "i" else np.float32)
-    name = name or f"constant_{len(self.weights)}"
-    self.weights.append(self.onnx.numpy_helper.from_array(array, name))
+    kind = np.int64 if array.dtype.kind == "i" else np.float32
+    name = name or f"constant_{len(self.graph.initializer)}"
+    self.graph.initializer.append(self.onnx.numpy_helper.from_array(np.asarray(array, kind, order="C"), name))
     return name
 
   def close(self, name: str, *shape: str | int) -> onnx.ModelProto:
     """The graph, whose output is that of the last node, under this name."""
-    self.nodes[-1].output[:] = [name]
-    helper, kinds = self.onnx.helper, self.onnx.TensorProto
-    inputs = [helper.make_tensor_value_info(each, kinds.INT64, ["batch", "length"]) for each in INPUTS]
-    output = helper.make_tensor_value_info(name, kinds.FLOAT, shape)
-    return helper.make_model(
-      helper.make_graph(self.nodes, name, inputs, [output], self.weights),
-      opset_imports=[helper.make_opsetid("", OPSET)],
-      ir_version=FORMAT,
-      producer_name="ernie-jax",
-      producer_version=__version__,
-    )
+    self.graph.name = name
+    self.graph.node[-1].output[:] = [name]
+    info, kinds = self.onnx.helper.make_tensor_value_info, self.onnx.TensorProto
+    self.graph.input.extend(info(each, kinds.INT64, ["batch", "length"]) for each in INPUTS)
+    self.graph.output.append(info(name, kinds.FLOAT, shape))
+    return self.model
 
 
 def dual(student: Student, model: config.Model, *, query: bool = False) -> onnx.ModelProto:
@@ -143,14 +139,16 @@ def encoded(g: Graph, encoder: Encoder, *, leads: bool) -> str:
   (query, key and value as one product, the scale within the weights, Gemm) was faster than by a few percent.
   """
   a = encoder.architecture
-  table = lambda name: np.asarray(getattr(encoder, name).embedding[...], np.float32)
-  kinds = table("type") if encoder.task is None else table("type") + table("task")[0]
-  words = g.op("Gather", g.weight(table("word"), "word"), "input_ids")
+  words = g.op("Gather", g.weight(encoder.word.embedding, "word"), "input_ids")
+  kinds = np.asarray(encoder.type.embedding)
+  if encoder.task is not None:
+    kinds = kinds + np.asarray(encoder.task.embedding)[0]
   x = g.op("Add", words, g.op("Gather", g.weight(kinds, "type"), "token_type_ids"))
-  # A slice ends with the table, and the sum with a longer text fails. To look positions up would not fail everywhere:
-  # GPUs answer 0 for a row that is not there.
+  # A slice ends with the table, so the sum with a longer text fails. Looking positions up would not fail everywhere: on
+  # a GPU, Gather answers 0 for a row that is not there.
   zero = g.weight([0])
-  positions = g.op("Slice", g.weight(table("position"), "position"), zero, g.op("Shape", "input_ids", start=1), zero)
+  length = g.op("Shape", "input_ids", start=1)
+  positions = g.op("Slice", g.weight(encoder.position.embedding, "position"), zero, length, zero)
   x = norm(g, g.op("Add", x, positions), "norm", encoder.norm, a)
   read = g.op("Unsqueeze", g.op("Unsqueeze", "attention_mask", g.weight([1])), g.weight([2]))
   read = g.op("Cast", read, to=g.onnx.TensorProto.FLOAT)
@@ -166,7 +164,7 @@ def layer(g: Graph, x: str, mask: str, name: str, own: Layer, *, leads: bool) ->
   """As `encoder.Layer`. `mask` is added to the attention's logits."""
   a = own.architecture
   size = a.width // a.heads
-  heads = g.weight([0, 0, a.heads, size])  # 0: as it is
+  heads = g.weight([0, 0, a.heads, size])  # 0: as it was
 
   def part(x: str, which: str, *order: int) -> str:
     return g.op("Transpose", g.op("Reshape", dense(g, x, f"{name}.{which}", getattr(own, which)), heads), perm=order)
@@ -186,12 +184,12 @@ def layer(g: Graph, x: str, mask: str, name: str, own: Layer, *, leads: bool) ->
 
 
 def dense(g: Graph, x: str, name: str, linear: nnx.Linear) -> str:
-  x = g.op("MatMul", x, g.weight(linear.kernel[...], f"{name}.kernel"))
-  return x if linear.bias is None else g.op("Add", x, g.weight(linear.bias[...], f"{name}.bias"))
+  x = g.op("MatMul", x, g.weight(linear.kernel, f"{name}.kernel"))
+  return x if linear.bias is None else g.op("Add", x, g.weight(linear.bias, f"{name}.bias"))
 
 
 def norm(g: Graph, x: str, name: str, own: nnx.LayerNorm, a: config.Architecture) -> str:
-  scale, bias = g.weight(own.scale[...], f"{name}.scale"), g.weight(own.bias[...], f"{name}.bias")
+  scale, bias = g.weight(own.scale, f"{name}.scale"), g.weight(own.bias, f"{name}.bias")
   return g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=a.epsilon)
 
 
