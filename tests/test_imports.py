@@ -35,6 +35,7 @@ ORDER = [
   "report",
   "recipe",
   "plan",
+  "graph",
   "serve",
   "verbs",
   "__main__",
