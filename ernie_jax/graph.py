@@ -36,35 +36,32 @@ class Graph:
     except ImportError as error:
       raise UserError(f"onnx: {error.name} is not installed; pip install 'ernie-jax[onnx]'") from error
     self.onnx = onnx
-    self.nodes: list[onnx.NodeProto] = []
-    self.weights: list[onnx.TensorProto] = []
+    opset = onnx.helper.make_opsetid("", OPSET)
+    self.model = onnx.ModelProto(ir_version=FORMAT, producer_name="ernie-jax", opset_import=[opset])
+    self.graph = self.model.graph  # filled in place: a list of weights would be a second copy of them
 
   def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
     """A node; its output."""
-    output = f"{kind}_{len(self.nodes)}"
-    self.nodes.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
+    output = f"{kind}_{len(self.graph.node)}"
+    self.graph.node.append(self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes))
     return output
 
   def weight(self, array: Any, name: str = "") -> str:
     """Integers stay such, all else is float32."""
     array = np.asarray(array)
     kind = np.int64 if array.dtype.kind == "i" else np.float32
-    name = name or f"constant_{len(self.weights)}"
-    self.weights.append(self.onnx.numpy_helper.from_array(np.asarray(array, kind, order="C"), name))
+    name = name or f"constant_{len(self.graph.initializer)}"
+    self.graph.initializer.append(self.onnx.numpy_helper.from_array(np.asarray(array, kind, order="C"), name))
     return name
 
   def close(self, name: str, *shape: str | int) -> onnx.ModelProto:
     """The graph, whose output is that of the last node, under this name."""
-    self.nodes[-1].output[:] = [name]
-    helper, kinds = self.onnx.helper, self.onnx.TensorProto
-    inputs = [helper.make_tensor_value_info(each, kinds.INT64, ["batch", "length"]) for each in INPUTS]
-    output = helper.make_tensor_value_info(name, kinds.FLOAT, shape)
-    return helper.make_model(
-      helper.make_graph(self.nodes, name, inputs, [output], self.weights),
-      opset_imports=[helper.make_opsetid("", OPSET)],
-      ir_version=FORMAT,
-      producer_name="ernie-jax",
-    )
+    self.graph.name = name
+    self.graph.node[-1].output[:] = [name]
+    info, kinds = self.onnx.helper.make_tensor_value_info, self.onnx.TensorProto
+    self.graph.input.extend(info(each, kinds.INT64, ["batch", "length"]) for each in INPUTS)
+    self.graph.output.append(info(name, kinds.FLOAT, shape))
+    return self.model
 
 
 def dual(student: Student, model: config.Model, *, query: bool = False) -> onnx.ModelProto:
