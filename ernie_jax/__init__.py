@@ -32,8 +32,9 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   hard negatives                        mining.py
   curves and tables as one page         report.py
   the training strategy, stage by stage recipe.py
-  others' layouts of a model             export.py
   a pod run, planned by the compiler    plan.py
+  the scorers as ONNX graphs            graph.py
+  others' layouts of a model            export.py
   the search service and its page       serve.py
   verbs and their flags                 verbs.py
   the command line                      __main__.py

@@ -38,6 +38,7 @@ ORDER = [
   "report",
   "recipe",
   "plan",
+  "graph",
   "export",
   "serve",
   "verbs",
