@@ -16,10 +16,11 @@ import onnxruntime
 import sentence_transformers
 import tokenizers
 import torch
+import transformers
 from pylate import models
 from pylate import scores as pylate_scores
 
-from ernie_jax import datasets, evaluate, mesh, retrieval, scores, tokens, topk
+from ernie_jax import datasets, evaluate, mesh, progress, retrieval, scores, tokens, topk
 from ernie_jax.encoder import Rows
 from ernie_jax.export import export
 from ernie_jax.search import Joined, Model, Searcher
@@ -27,6 +28,9 @@ from ernie_jax.search import Joined, Model, Searcher
 DEPTH = 10
 
 warnings.simplefilter("ignore")
+progress.silence()
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 run = Path(sys.argv[1])
 searcher = Searcher(run)
 model: Model = searcher.model

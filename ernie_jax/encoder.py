@@ -7,10 +7,11 @@ dropout. They are pytrees, used under plain `jax.jit`, `jax.grad` and `jax.lax.s
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
 
 from ernie_jax import config
@@ -231,6 +232,11 @@ class Encoder(nnx.Module):
       layer, own = layer_and_seeds
       return layer(x, mask, None if noise is None else noise.at(own), leads)
 
+    if isinstance(self.layers, nnx.List):
+      for layer in self.layers[:-1]:
+        x, _ = layer(x, mask, None)
+      return self.layers[-1](x, mask, None, rows if leads else None)
+
     # The last layer stands apart because its attention is an output (distilled by kl_attention).
     body, last = split_last((self.layers, None if noise is None else noise.seeds[:-1]), a.layers)
     step = lambda x, layer_and_seeds: (apply(x, layer_and_seeds)[0], None)
@@ -241,6 +247,23 @@ class Encoder(nnx.Module):
       for one in unstack(body, a.layers - 1):
         x, _ = step(x, one)
     return apply(x, last, rows if leads and noise is None else None)
+
+
+def apart(module: Any) -> Any:
+  """A student or a teacher whose encoders hold each layer's parameters as arrays of their own, for use without noise.
+
+  A compiled program cuts a stack into layers in each call, which on a CPU copies all parameters. Elsewhere, where that
+  takes no time beside the rest, the module is given back as it is.
+  """
+  if jax.default_backend() != "cpu":
+    return module
+  module = jax.tree.map(lambda x: x, module)
+  for name in ("encoder", "query_encoder"):
+    encoder = getattr(module, name, None)
+    if encoder is not None and not isinstance(encoder.layers, nnx.List):
+      stack = jax.tree.map(np.asarray, encoder.layers)
+      encoder.layers = nnx.List([jax.tree.map(lambda x: x[i], stack) for i in range(encoder.architecture.layers)])
+  return module
 
 
 def split_last(stack, size: int):

@@ -85,8 +85,7 @@ def sentence_transformers(model: Model, folder: Path) -> Card:
       (folder / path).mkdir(exist_ok=True)
       if kind == "Transformer":
         _transformer(folder / path, encoder, model, length)
-        pooler = {"model_args": {"add_pooling_layer": False}}
-        _json(folder / path / "sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False} | pooler)
+        _limits(folder / path, length)
       elif kind == "Pooling":
         modes = {
           f"pooling_mode_{mode}": mode.startswith(model.settings.pooling) for mode in ("cls_token", "mean_tokens")
@@ -127,7 +126,7 @@ def pylate(model: Model, folder: Path) -> Card:
   if student.query_encoder is not None:
     raise UserError("--to pylate: PyLate has one encoder for queries and passages, this model two; export it to onnx")
   _transformer(folder, student.encoder, model, d.passage_length)
-  _json(folder / "sentence_bert_config.json", {"max_seq_length": d.passage_length, "do_lower_case": False})
+  _limits(folder, d.passage_length)
   (folder / "1_Dense").mkdir()
   width = student.encoder.architecture.width
   _dense(folder / "1_Dense", np.eye(width) if student.projection is None else student.projection.kernel)
@@ -205,7 +204,7 @@ def onnx(model: Model, folder: Path) -> Card:
   towers = {"": False} if student.query_encoder is None else {".query": True, ".passage": False}
   for name, query in towers.items():
     config.write(folder / f"dual{name}.onnx", graph.dual(student, settings, query=query).SerializeToString())
-    config.write(folder / f"late{name}.onnx", graph.late(student, settings, query=query).SerializeToString())
+    config.write(folder / f"late{name}.onnx", graph.late(student, query=query).SerializeToString())
   if model.crosses:
     config.write(folder / "cross.onnx", graph.cross(model.params).SerializeToString())
   _tokenizer(folder, model, model.template.data.pair_length)
@@ -305,6 +304,12 @@ def _dense(folder: Path, kernel: Any, bias: Any = None) -> None:
     "in_features": inputs, "out_features": outputs, "bias": bias is not None,
     "activation_function": "torch.nn.modules.linear.Identity",
   })  # fmt: skip
+
+
+def _limits(folder: Path, length: int) -> None:
+  """What a Transformer module of sentence-transformers has beside transformers' files."""
+  settings = {"max_seq_length": length, "do_lower_case": False, "model_args": {"add_pooling_layer": False}}
+  _json(folder / "sentence_bert_config.json", settings)
 
 
 def _modules(folder: Path, modules: list[tuple[str, str]]) -> None:

@@ -88,7 +88,7 @@ def dual(student: Student, model: config.Model, *, query: bool = False) -> onnx.
   return g.close("vector", "batch", dual_width(student))
 
 
-def late(student: Student, model: config.Model, *, query: bool = False) -> onnx.ModelProto:
+def late(student: Student, *, query: bool = False) -> onnx.ModelProto:
   """Late interaction's token vectors: `vectors` [batch, length, D], of length 1. Errors as for `dual`.
 
   Tokens that are not read have vectors too: MaxSim must leave padding out, of passages before the maximum (a vector of

@@ -18,7 +18,7 @@ from ernie_jax import config, mesh, scores
 from ernie_jax.batches import first_fit
 from ernie_jax.columns import Ragged
 from ernie_jax.config import Interrupted
-from ernie_jax.encoder import Rows
+from ernie_jax.encoder import Rows, apart
 from ernie_jax.progress import Progress
 from ernie_jax.templates import Template, ranges
 
@@ -158,7 +158,7 @@ def encode(
       return template.queries([template.query(store[i]) for i in texts], length, **layout)
     return template.passages([template.passage(store[i]) for i in texts], length, **layout)
 
-  held = mesh.whole(student, devices)
+  held = mesh.whole(apart(student), devices)
   apply = lambda rows: embed(held, rows, model, query, late)
   with (
     Progress(progress, len(store), "texts") if isinstance(progress, str) else contextlib.nullcontext(progress) as bar
@@ -234,7 +234,7 @@ def rerank_cross(
   """The cross-encoder's logit of each query with its candidates (passage rows [Q, k]) -> [Q, k]; -inf for row -1."""
   values = np.full(candidates.shape, -np.inf, np.float32)
   devices = mesh.make()
-  held = mesh.whole(params, devices)
+  held = mesh.whole({name: apart(module) for name, module in params.items()}, devices)
   apply = lambda rows: _cross(held, rows)
   asked, place = np.nonzero(candidates >= 0)
   rows = candidates[asked, place]

@@ -19,6 +19,7 @@ from ernie_jax.bm25 import BM25
 from ernie_jax.collection import Collection
 from ernie_jax.columns import Ragged
 from ernie_jax.config import UserError
+from ernie_jax.encoder import apart
 from ernie_jax.progress import say
 from ernie_jax.templates import Template
 from ernie_jax.tokens import Tokenizer, in_memory
@@ -51,6 +52,11 @@ class Model:
     )
     return cls(params, settings, template, collection.fingerprint(params["student"], settings, template), about)
 
+  @functools.cached_property
+  def ready(self) -> checkpoints.Params:
+    """The parameters as encoding takes them."""
+    return {name: apart(module) for name, module in self.params.items()}
+
   @property
   def crosses(self) -> bool:
     """Whether there is a trained cross-encoder; an imported model may have none."""
@@ -76,7 +82,7 @@ class Model:
     what = "encode queries" if query else "encode passages"
     with jax.set_mesh(mesh.make()):
       return retrieval.encode(
-        self.params["student"], self.settings, store, self.template, query=query, late=late, progress=what
+        self.ready["student"], self.settings, store, self.template, query=query, late=late, progress=what
       )
 
 
@@ -207,7 +213,7 @@ class Searcher:
     needed = np.unique(rows[rows >= 0])
     local = np.where(rows >= 0, np.searchsorted(needed, rows), -1)
     with jax.set_mesh(mesh.make()):
-      logits = retrieval.rerank_cross(self.model.params, store, self.tokens(needed), local, self.model.template)
+      logits = retrieval.rerank_cross(self.model.ready, store, self.tokens(needed), local, self.model.template)
     return retrieval.reorder(rows, logits)
 
   def as_run(self, ids: Sequence[str], values: np.ndarray, rows: np.ndarray) -> dict[str, dict[str, float]]:

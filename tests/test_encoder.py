@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY, distance, make_rows
+from conftest import TINY, distance, make_batch, make_rows
+from flax import nnx
 
-from ernie_jax import templates
-from ernie_jax.encoder import Encoder, Noise, Rows, drop, first, owned, seeds, split_last, unstack, with_dropout
+from ernie_jax import config, step, templates
+from ernie_jax.encoder import Encoder, Noise, Rows, apart, drop, first, owned, seeds, split_last, unstack, with_dropout
 
 rng = np.random.default_rng(0)
 ENCODER = Encoder(TINY, jax.random.key(0))
@@ -149,3 +150,17 @@ def test_bfloat16_computes_near_float32():
 def test_dropout_of_the_checkpoint_or_the_configuration():
   assert with_dropout(TINY, None) == TINY
   assert with_dropout(TINY, 0.0).attention_dropout == 0.0
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("leads", [True, False])
+def test_layers_apart_give_the_same(scan, leads):
+  """Parameters as arrays of their own: the same program without the cuts."""
+  model = config.Model(scan=scan, tied=False)
+  student = step.init_params(model, TINY, TINY, jax.random.key(0))["student"]
+  rows = make_batch().passages
+  run = jax.jit(lambda encoder: encoder(rows, leads=leads))
+  for one, other in ((student.encoder, apart(student).encoder), (student.query_encoder, apart(student).query_encoder)):
+    for x, y in zip(run(one), run(other)):
+      np.testing.assert_allclose(y, x, atol=2e-6)
+  assert not isinstance(student.encoder.layers, nnx.List)  # it is a copy

@@ -73,7 +73,8 @@ def agree(found, expected):
 )
 def test_dual_and_late_equal_our_own_at_any_batch_size_and_length(architecture, model, query):
   student = perturbed(model, architecture)["student"]
-  dual, late = (session(make(student, model, query=query)) for make in (graph.dual, graph.late))
+  dual = session(graph.dual(student, model, query=query))
+  late = session(graph.late(student, query=query))
   for count, length in SHAPES:
     rows = texts(count, length)
     ours = embed(student, model, rows, query)
@@ -112,7 +113,7 @@ def test_padding_changes_nothing():
   pad = lambda x, value: np.pad(x, ((0, 0), (0, 7)), constant_values=value)
   more = Rows(pad(rows.tokens, 9), pad(rows.segments, 0), pad(rows.positions, 0), pad(rows.types, 1))
   student = params["student"]
-  for made in (graph.dual(student, model), graph.late(student, model), graph.cross(params)):
+  for made in (graph.dual(student, model), graph.late(student), graph.cross(params)):
     short, long = (run(session(made), x) for x in (rows, more))
     if short.ndim == 3:
       short, long = short[rows.segments > 0], long[more.segments > 0]
@@ -126,7 +127,7 @@ def test_masks_of_an_augmented_query_read_the_text_and_are_not_read():
   rows = texts(3, 11)
   rows = Rows(rows.tokens, np.where(rows.segments, 1, -1), np.tile(np.arange(11, dtype=np.int32), (3, 1)), rows.types)
   assert (rows.segments < 0).any()
-  agree(run(session(graph.late(student, model)), rows), embed(student, model, rows, True).tokens)
+  agree(run(session(graph.late(student)), rows), embed(student, model, rows, True).tokens)
 
 
 def test_a_text_with_more_tokens_than_positions_is_an_error():
@@ -163,4 +164,4 @@ def test_without_onnx_the_user_is_told_what_to_install(monkeypatch):
   student = perturbed(model)["student"]
   monkeypatch.setitem(sys.modules, "onnx", None)
   with pytest.raises(UserError, match=r"onnx is not installed; pip install 'ernie-jax\[onnx\]'"):
-    graph.late(student, model)
+    graph.late(student)
