@@ -17,6 +17,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   tokenizer and token store             tokens.py
   templates, rows of tokens             templates.py
   lists, hard negatives, packed batches batches.py
+  arrays out of others' pickles         unpickle.py
   released weights                      pretrained.py
   state and data position on disk       checkpoints.py
   the training loop                     train.py

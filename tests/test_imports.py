@@ -22,6 +22,7 @@ ORDER = [
   "tokens",
   "templates",
   "batches",
+  "unpickle",
   "pretrained",
   "checkpoints",
   "train",
