@@ -112,9 +112,11 @@ def _opened(path: Path) -> Iterator[mmap.mmap]:
       yield content
   except ValueError as error:
     raise UserError(f"{path}: {first_line(error)}; {remedy}") from error
-  # RuntimeError, OverflowError: a zip file that is encrypted, or has lengths that are none.
-  except (LookupError, EOFError, RuntimeError, OverflowError, OSError, struct.error, zipfile.BadZipFile) as error:
-    raise UserError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from error
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
+  # LookupError: the stack, the memo, a zip file's names; RuntimeError, OverflowError: its encryption, its lengths.
+  except (LookupError, EOFError, RuntimeError, OverflowError, struct.error, zipfile.BadZipFile) as error:
+    raise UserError(f"{path}: damaged ({type(error).__name__}: {first_line(error)}); {remedy}") from error
 
 
 def _torch_zip(path: Path) -> dict[str, np.ndarray]:
@@ -183,6 +185,8 @@ def _variable(path: Path) -> np.ndarray:
         end = message.tell() + value
         while message.tell() < end:
           shape.append(_varint(message))
+      else:
+        raise ValueError("is described by more than a number type and a shape")
     if kind not in VARIABLES:
       raise ValueError(f"has numbers of Paddle's type {kind}, which is not read")
     return _shaped(_numbers(file.read(), VARIABLES[kind]), tuple(shape))
@@ -194,8 +198,8 @@ def _varint(message: io.BytesIO) -> int:
     (byte,) = message.read(1)  # ValueError at the end
     value |= (byte & 127) << shift
     if byte < 128:
-      break
-  return value
+      return value
+  raise ValueError("is described by a number of more than 64 bits")
 
 
 # The machine
