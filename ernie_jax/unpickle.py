@@ -32,14 +32,18 @@ NUMPY_NAMES = """numpy.core.multiarray._reconstruct numpy.core.numeric._frombuff
   builtins.tuple builtins.bytes _codecs.encode collections.OrderedDict""".split()  # noqa: SIM905
 NUMPY = {kind: kind for kind in ("b1", "i1", "i2", "i4", "i8", "u1", "u4", "u8", "f2", "f4", "f8")} | {"u2": BFLOAT16}
 # What PyTorch's may name: a storage of numbers has their type in its name.
-STORAGES = dict(Bool="b1", Byte="u1", Char="i1", Short="i2", Int="i4", Long="i8", Half="f2", Float="f4", Double="f8")
-STORAGES = {f"torch.{name}Storage": kind for name, kind in (STORAGES | {"BFloat16": BFLOAT16}).items()}
-TORCH_NAMES = ["torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "collections.OrderedDict"]
-TORCH_NAMES += STORAGES
+KINDS = dict(Bool="b1", Byte="u1", Char="i1", Short="i2", Int="i4", Long="i8", Half="f2", Float="f4", Double="f8")
+STORAGES = {f"torch.{name}Storage": kind for name, kind in (KINDS | {"BFloat16": BFLOAT16}).items()}
+TORCH_NAMES = [
+  "torch._utils._rebuild_tensor_v2",
+  "torch._utils._rebuild_parameter",
+  "collections.OrderedDict",
+  *STORAGES,
+]
 # Number types of Paddle 1.x, by their numbers in its framework.proto.
 VARIABLES = {0: "b1", 1: "i2", 2: "i4", 3: "i8", 4: "f2", 5: "f4", 6: "f8", 20: "u1", 21: "i1", 22: BFLOAT16}
 
-OPCODES = 1_000_000  # most that a pickle may hold: 15,000 arrays' worth
+OPCODES = 1_000_000  # most that a pickle may hold: an array takes 35
 LARGEST = 2**48  # numbers of an array, and steps within it
 # Opcodes that push what they carry; those that push a constant; how many values others take (None: all since a mark).
 CARRIED = """BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINSTRING BINSTRING SHORT_BINUNICODE BINUNICODE BINUNICODE8
@@ -217,7 +221,7 @@ def _decoded(file: Any, names: list[str], storages: dict[str, Storage]) -> Any:
   value: Any
   for number, (opcode, value, _) in enumerate(pickletools.genops(file)):
     if number == OPCODES:
-      raise ValueError(f"a pickle of more than {OPCODES} opcodes, as no weights need")
+      raise ValueError(f"has more than {OPCODES} pickle opcodes, as no weights need")
     items: list[Any] = []
     if opcode.name in TAKEN:
       count = TAKEN[opcode.name]
@@ -246,7 +250,7 @@ def _decoded(file: Any, names: list[str], storages: dict[str, Storage]) -> Any:
       case "SETITEM" | "SETITEMS" if type(stack[-1]) is dict and len(items) % 2 == 0:
         for key, item in zip(items[::2], items[1::2]):
           if type(key) is not str or key in stack[-1]:
-            raise ValueError(f"{key[:60]!r} is there twice" if type(key) is str else "a name that is no string")
+            raise ValueError(f"{key[:60]!r} is there twice" if type(key) is str else "holds a name that is no string")
           stack[-1][key] = item
       case "MEMOIZE":
         memo[len(memo)] = stack[-1]
@@ -379,18 +383,18 @@ def _numbers(raw: bytes | bytearray, kind: str, order: str = "<") -> np.ndarray:
 
 def _shaped(numbers: np.ndarray, shape: Any, layout: Any = "C") -> np.ndarray:
   if _count(shape) != numbers.size:
-    raise ValueError(f"is of {numbers.size} numbers, which make no {shape}")
+    raise ValueError(f"has {numbers.size} numbers for the shape {shape}")
   return numbers.reshape(shape, order=layout)
 
 
 def _count(shape: Any) -> int:
   """How many numbers an array of a shape holds."""
   if type(shape) is not tuple or len(shape) > 32 or math.prod(max(n, 1) for n in _whole(shape)) >= LARGEST:
-    raise ValueError("is of a shape that is none")
+    raise ValueError("is of a shape that no array has")
   return math.prod(shape)
 
 
 def _whole(values: tuple) -> tuple[int, ...]:
   if not all(type(n) is int and 0 <= n < LARGEST for n in values):
-    raise ValueError("has a size or a place that is no whole number, or too large a one")
+    raise ValueError("has a size or a place that is negative, too large or no whole number")
   return values

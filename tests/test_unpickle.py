@@ -6,6 +6,7 @@ import copyreg
 import io
 import pickle
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -19,7 +20,10 @@ from ernie_jax import unpickle
 from ernie_jax.config import UserError
 
 FIXTURES = Path(__file__).parent / "fixtures"
-pytestmark = pytest.mark.timeout(20)
+pytestmark = [
+  pytest.mark.timeout(20),
+  pytest.mark.filterwarnings("ignore:invalid escape sequence:DeprecationWarning"),  # in damaged strings
+]
 
 
 # ---- What is in the files --------------------------------------------------------------------------------------------
@@ -125,6 +129,8 @@ def test_paddles_uint16_is_a_bfloat16(tmp_path):
   assert found.dtype == np.float32
   np.testing.assert_allclose(found, exact, rtol=2**-7)
   np.testing.assert_array_equal(found[:3], exact[:3])
+  swapped = unpickle.paddle(saved({"x": bits.astype(">u2")}, tmp_path / "model.pdparams", 4))["x"]
+  np.testing.assert_array_equal(swapped, found)
 
 
 def test_arrays_that_share_bytes_share_memory(tmp_path):
@@ -195,9 +201,9 @@ def dtype(kind: bytes = text("f4"), state: bytes = PLAIN) -> bytes:
   return call("numpy", "dtype", kind, number(0), number(1)) + state + b"b"
 
 
-def array(shape: bytes = SHAPE, kind: bytes | None = None, raw: bytes = RAW, fortran: bytes = FALSE) -> bytes:
+def array(shape: bytes = SHAPE, kind: bytes | None = None, raw=RAW, fortran=FALSE, version=1) -> bytes:
   empty = call("numpy.core.multiarray", "_reconstruct", name("numpy", "ndarray"), many(number(0)), b"U\x01b")
-  return empty + many(number(1), shape, kind or dtype(), fortran, raw) + b"b"
+  return empty + many(number(version), shape, kind or dtype(), fortran, raw) + b"b"
 
 
 def weights(value: bytes) -> bytes:
@@ -222,12 +228,12 @@ def parameter(own: bytes) -> bytes:
   return call("torch._utils", "_rebuild_parameter", own, TRUE, call("collections", "OrderedDict"))
 
 
-def archived(body: bytes, deflated: str = "", **files: bytes) -> bytes:
+def archived(body: bytes, packed: str = "", method=zipfile.ZIP_DEFLATED, **files: bytes) -> bytes:
   """A checkpoint in the zip format, with one file compressed if it is named; storage 0 holds four numbers."""
   content = io.BytesIO()
   with zipfile.ZipFile(content, "w") as archive:
     for file, raw in {"data.pkl": pickled(body), "data/0": struct.pack("<4f", 1, 2, 3, 4), **files}.items():
-      archive.writestr(f"archive/{file}", raw, zipfile.ZIP_DEFLATED if file == deflated else zipfile.ZIP_STORED)
+      archive.writestr(f"archive/{file}", raw, method if file == packed else zipfile.ZIP_STORED)
   return content.getvalue()
 
 
@@ -235,9 +241,9 @@ FOUR = struct.pack("<q4f", 4, 1, 2, 3, 4)
 MAGIC = b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 
 
-def legacy(body: bytes, magic=MAGIC, little=TRUE, keys=b"]X\x01\0\0\x000a", storages=FOUR) -> bytes:
+def legacy(body: bytes, magic=MAGIC, protocol=1001, little=TRUE, keys=b"]X\x01\0\0\x000a", storages=FOUR) -> bytes:
   """A checkpoint in the format before PyTorch 1.6."""
-  heads = (magic, number(1001), table(little_endian=little), body, keys)
+  heads = (magic, number(protocol), table(little_endian=little), body, keys)
   return b"".join(map(pickled, heads)) + storages
 
 
@@ -297,7 +303,7 @@ def test_a_tensor_is_a_window_of_its_storage(at):
   np.testing.assert_array_equal(at(archived(table(x=tensor(offset=1, shape=(3,), steps=(1,)))), TORCH)["x"], [2, 3, 4])
   np.testing.assert_array_equal(at(archived(table(x=tensor(shape=(2,), steps=(0,)))), TORCH)["x"], [1, 1])
   # An empty one may begin at the end, and the step of a single row means nothing.
-  assert at(archived(table(x=tensor(offset=4, shape=(0, 3), steps=(3, 1)))), TORCH)["x"].shape == (0, 3)
+  assert at(archived(table(x=tensor(offset=4, shape=(3, 0), steps=(1, 1)))), TORCH)["x"].shape == (3, 0)
   np.testing.assert_array_equal(at(archived(table(x=tensor(shape=(1, 4), steps=(99, 1)))), TORCH)["x"], [[1, 2, 3, 4]])
 
 
@@ -458,10 +464,10 @@ def test_nothing_that_pickle_would_run_is_run(tmp_path, monkeypatch, extension, 
 
 # ---- Files that are damaged, or would take all memory or all time ----------------------------------------------------
 
-NESTED = b")" + b"q\x00h\x00\x86" * 40  # a tuple of a tuple twice, 40 times: 2**40 parts to hash, print or compare
+# A tuple of a tuple twice, 33 times: a minute to hash, more to print, and neither can be interrupted.
+NESTED = b")" + b"q\x00h\x00\x86" * 33
 DEEP = b")" + b"\x85" * 200_000  # deeper than any recursion
 LOOP = b"]q\x07h\x07a"  # a list that holds itself
-STATE = many(number(3), text("<"), NONE, NONE, NONE, number(-1), number(-1), number(0))
 
 
 def long(code: bytes, format_: str, length: int) -> bytes:
@@ -481,6 +487,14 @@ def split(slices: bytes, shape: bytes = SHAPE, more: bytes = b"") -> bytes:
 
 def zipped(**files: bytes) -> bytes:
   return archived(table(x=tensor()), **files)
+
+
+def same_sizes() -> bytes:
+  """Of a compression that zipfile undoes without a limit; the sizes before and after it are made equal."""
+  content = archived(table(x=tensor()), "data/0", zipfile.ZIP_BZIP2, **{"data/0": bytes(10**6)})
+  with zipfile.ZipFile(io.BytesIO(content)) as archive:
+    size = archive.getinfo("archive/data/0").compress_size
+  return content.replace(struct.pack("<II", size, 10**6), struct.pack("<II", size, size))
 
 
 def identity(*parts: bytes) -> bytes:
@@ -532,7 +546,7 @@ BAD = {
   "a frame of 2**60": (PADDLE, b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b"N.", "no dict"),
   "a buffer out of the file": (PADDLE, weights(b"\x97"), "NEXT_BUFFER"),
   # Values that take all time or all memory
-  "two million opcodes": (PADDLE, pickled(b"]" * 2_000_000), "opcodes"),
+  "a million opcodes": (PADDLE, pickled(b"]" * 1_000_000), "opcodes"),
   "a name that takes for ever to be hashed": (PADDLE, pickled(b"}" + NESTED + b"Ns"), "no string"),
   "a value that takes for ever to be compared": (PADDLE, weights(NESTED), NO),
   "a shape that takes for ever": (PADDLE, weights(array(NESTED)), "size|shape"),
@@ -645,6 +659,7 @@ BAD = {
   "a shape that is a list": (PADDLE, weights(array(b"]" + number(2) + b"a")), "shape"),
   "a shape of fractions": (PADDLE, weights(array(many(b"G" + struct.pack(">d", 2)))), "size"),
   "a shape of truth values": (PADDLE, weights(array(many(number(2), TRUE))), "size"),
+  "an array of another version": (PADDLE, weights(array(version=2)), NO),
   "a layout that is no truth value": (PADDLE, weights(array(fortran=text("F"))), NO),
   "a part that is used twice": (PADDLE, split(b"](" + text("a") * 2 + b"e"), "damaged"),
   "a part that is not there": (PADDLE, split(b"](" + text("c") + b"e"), "parts"),
@@ -669,6 +684,7 @@ BAD = {
   "a compressed pickle": (TORCH, archived(table(x=tensor()), "data.pkl"), "'data.pkl' is compressed"),
   "a compressed storage": (TORCH, archived(table(x=tensor()), "data/0"), "'data/0' is compressed"),
   "a zip bomb": (TORCH, archived(table(x=tensor()), "data/0", **{"data/0": bytes(10**8)}), "'data/0' is compressed"),
+  "a zip bomb that gives one size for two": (TORCH, same_sizes(), "'data/0' is compressed"),
   "a zip file of unlike sizes": (TORCH, ZIP.replace(SIZES, struct.pack("<II", 16, 17)), "compressed"),
   "a zip file that is encrypted": (
     TORCH,
@@ -722,6 +738,7 @@ BAD = {
   "a parameter of a parameter": (TORCH, archived(table(x=parameter(parameter(tensor())))), NO),
   "a pickle of Paddle for PyTorch": (TORCH, GOOD_PADDLE, "names"),
   "a legacy file of another magic number": (TORCH, legacy(table(x=tensor()), magic=number(1)), "no PyTorch"),
+  "a legacy file of another protocol": (TORCH, legacy(table(x=tensor()), protocol=1002), "no PyTorch"),
   "a legacy file of a big-endian machine": (TORCH, legacy(table(x=tensor()), little=FALSE), "little-endian"),
   "a legacy file without keys": (TORCH, legacy(table(x=tensor()), keys=NONE), "no PyTorch"),
   "a legacy file of another key": (TORCH, legacy(table(x=tensor()), keys=b"]" + text("1") + b"a"), "storage"),
@@ -762,12 +779,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_file_is_one_line_that_says_why(at, tmp_path, case):
+def test_a_bad_file_is_one_line_that_says_why(tmp_path, case):
   reader, content, says = BAD[case]
   (tmp_path / "file").write_bytes(content)
-  refuse(tmp_path / "file", reader if reader is not VARIABLE else lambda path: at(content, VARIABLE))
-  with pytest.raises(UserError, match=says):
-    at(content, reader)
+  assert re.search(says, refuse(tmp_path / "file", unpickle._variable if reader is VARIABLE else reader))
 
 
 def test_there_are_enough_of_them():
@@ -807,7 +822,7 @@ for path in pathlib.Path(sys.argv[1]).iterdir():
     refused += 1
 print(refused)
 """
-  done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+  done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=20)
   assert (done.stdout, done.returncode) == (f"{len(BAD)}\n", 0), done.stderr
 
 
