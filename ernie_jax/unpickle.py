@@ -32,14 +32,18 @@ NUMPY_NAMES = """numpy.core.multiarray._reconstruct numpy.core.numeric._frombuff
   builtins.tuple builtins.bytes _codecs.encode collections.OrderedDict""".split()  # noqa: SIM905
 NUMPY = {kind: kind for kind in ("b1", "i1", "i2", "i4", "i8", "u1", "u4", "u8", "f2", "f4", "f8")} | {"u2": BFLOAT16}
 # What PyTorch's may name: a storage of numbers has their type in its name.
-STORAGES = dict(Bool="b1", Byte="u1", Char="i1", Short="i2", Int="i4", Long="i8", Half="f2", Float="f4", Double="f8")
-STORAGES = {f"torch.{name}Storage": kind for name, kind in (STORAGES | {"BFloat16": BFLOAT16}).items()}
-TORCH_NAMES = ["torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", "collections.OrderedDict"]
-TORCH_NAMES += STORAGES
+KINDS = dict(Bool="b1", Byte="u1", Char="i1", Short="i2", Int="i4", Long="i8", Half="f2", Float="f4", Double="f8")
+STORAGES = {f"torch.{name}Storage": kind for name, kind in (KINDS | {"BFloat16": BFLOAT16}).items()}
+TORCH_NAMES = [
+  "torch._utils._rebuild_tensor_v2",
+  "torch._utils._rebuild_parameter",
+  "collections.OrderedDict",
+  *STORAGES,
+]
 # Number types of Paddle 1.x, by their numbers in its framework.proto.
 VARIABLES = {0: "b1", 1: "i2", 2: "i4", 3: "i8", 4: "f2", 5: "f4", 6: "f8", 20: "u1", 21: "i1", 22: BFLOAT16}
 
-OPCODES = 1_000_000  # most that a pickle may hold: 15,000 arrays' worth
+OPCODES = 1_000_000  # most that a pickle may hold: an array takes 35
 LARGEST = 2**48  # numbers of an array, and steps within it
 # Opcodes that push what they carry; those that push a constant; how many values others take (None: all since a mark).
 CARRIED = """BININT BININT1 BININT2 LONG1 BINFLOAT SHORT_BINSTRING BINSTRING SHORT_BINUNICODE BINUNICODE BINUNICODE8
@@ -112,9 +116,11 @@ def _opened(path: Path) -> Iterator[mmap.mmap]:
       yield content
   except ValueError as error:
     raise UserError(f"{path}: {first_line(error)}; {remedy}") from error
-  # RuntimeError, OverflowError: a zip file that is encrypted, or has lengths that are none.
-  except (LookupError, EOFError, RuntimeError, OverflowError, OSError, struct.error, zipfile.BadZipFile) as error:
-    raise UserError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from error
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror or error}); {remedy}") from error
+  # LookupError: the stack, the memo, a zip file's names; RuntimeError, OverflowError: its encryption, its lengths.
+  except (LookupError, EOFError, RuntimeError, OverflowError, struct.error, zipfile.BadZipFile) as error:
+    raise UserError(f"{path}: damaged ({type(error).__name__}: {first_line(error)}); {remedy}") from error
 
 
 def _torch_zip(path: Path) -> dict[str, np.ndarray]:
@@ -167,8 +173,10 @@ def _variable(path: Path) -> np.ndarray:
   """A LoDTensor: levels of detail, which no weight has, number type and shape as a protobuf message, the numbers."""
   with _opened(path) as file:
     version, levels = struct.unpack("<IQ", file.read(12))
+    for _ in range(levels):
+      file.read(*struct.unpack("<Q", file.read(8)))
     again, length = struct.unpack("<Ii", file.read(8))
-    if version or levels or again or not 0 < length <= 1024:
+    if version or again or not 0 < length <= 1024:
       raise ValueError("no weight as Paddle 1.x writes them")
     message, kind, shape = io.BytesIO(file.read(length)), -1, []
     while message.tell() < length:
@@ -181,6 +189,8 @@ def _variable(path: Path) -> np.ndarray:
         end = message.tell() + value
         while message.tell() < end:
           shape.append(_varint(message))
+      else:
+        raise ValueError("is described by more than a number type and a shape")
     if kind not in VARIABLES:
       raise ValueError(f"has numbers of Paddle's type {kind}, which is not read")
     return _shaped(_numbers(file.read(), VARIABLES[kind]), tuple(shape))
@@ -192,8 +202,8 @@ def _varint(message: io.BytesIO) -> int:
     (byte,) = message.read(1)  # ValueError at the end
     value |= (byte & 127) << shift
     if byte < 128:
-      break
-  return value
+      return value
+  raise ValueError("is described by a number of more than 64 bits")
 
 
 # The machine
@@ -208,9 +218,10 @@ def _decoded(file: Any, names: list[str], storages: dict[str, Storage]) -> Any:
   stack: list[Any] = []
   marks: list[list[Any]] = []
   memo: dict[int, Any] = {}
+  value: Any
   for number, (opcode, value, _) in enumerate(pickletools.genops(file)):
     if number == OPCODES:
-      raise ValueError(f"a pickle of more than {OPCODES} opcodes, as no weights need")
+      raise ValueError(f"has more than {OPCODES} pickle opcodes, as no weights need")
     items: list[Any] = []
     if opcode.name in TAKEN:
       count = TAKEN[opcode.name]
@@ -239,7 +250,7 @@ def _decoded(file: Any, names: list[str], storages: dict[str, Storage]) -> Any:
       case "SETITEM" | "SETITEMS" if type(stack[-1]) is dict and len(items) % 2 == 0:
         for key, item in zip(items[::2], items[1::2]):
           if type(key) is not str or key in stack[-1]:
-            raise ValueError(f"{key[:60]!r} is there twice" if type(key) is str else "a name that is no string")
+            raise ValueError(f"{key[:60]!r} is there twice" if type(key) is str else "holds a name that is no string")
           stack[-1][key] = item
       case "MEMOIZE":
         memo[len(memo)] = stack[-1]
@@ -277,14 +288,7 @@ def _named(name: str, names: list[str]) -> Call:
 
 def _storage(identity: Any, storages: dict[str, Storage]) -> Storage:
   match identity:
-    case ("storage", Call(name, None), str(key), str(), count) | (
-      "storage",
-      Call(name, None),
-      str(key),
-      str(),
-      count,
-      None,
-    ) if name in STORAGES:
+    case ("storage", Call(name, None), str(key), str(), count, *view) if name in STORAGES and view in ([], [None]):
       _whole((count,))
       storage = storages.setdefault(key, Storage(key, STORAGES[name], count))
       if (storage.kind, storage.count) == (STORAGES[name], count):
@@ -379,18 +383,18 @@ def _numbers(raw: bytes | bytearray, kind: str, order: str = "<") -> np.ndarray:
 
 def _shaped(numbers: np.ndarray, shape: Any, layout: Any = "C") -> np.ndarray:
   if _count(shape) != numbers.size:
-    raise ValueError(f"is of {numbers.size} numbers, which make no {shape}")
+    raise ValueError(f"has {numbers.size} numbers for the shape {shape}")
   return numbers.reshape(shape, order=layout)
 
 
 def _count(shape: Any) -> int:
   """How many numbers an array of a shape holds."""
   if type(shape) is not tuple or len(shape) > 32 or math.prod(max(n, 1) for n in _whole(shape)) >= LARGEST:
-    raise ValueError("is of a shape that is none")
+    raise ValueError("is of a shape that no array has")
   return math.prod(shape)
 
 
 def _whole(values: tuple) -> tuple[int, ...]:
   if not all(type(n) is int and 0 <= n < LARGEST for n in values):
-    raise ValueError("has a size or a place that is no whole number, or too large a one")
+    raise ValueError("has a size or a place that is negative, too large or no whole number")
   return values
