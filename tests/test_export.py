@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_retrieval import WORDS
 
-from ernie_jax import checkpoints, config, pretrained, step, templates, tokens
+from ernie_jax import checkpoints, config, mesh, pretrained, recipe, step, templates, tokens
 from ernie_jax.__main__ import main
 from ernie_jax.export import export
 from ernie_jax.search import Model
@@ -225,3 +225,41 @@ def test_a_model_without_a_cross_encoder_exports_none(tmp_path, capsys):
   assert "random, for no checkpoint brings it: teacher.head" in capsys.readouterr().out
   assert main(["export", str(tmp_path / "again"), "--to", "cross-encoder", "--output", str(tmp_path / "x")]) == 2
   assert "no trained cross-encoder" in capsys.readouterr().err
+
+
+def test_training_starts_from_a_run_and_from_some_of_its_layers(tmp_path, capsys):
+  """The student's parameters from its student, the cross-encoder's from its cross-encoder; what is left is named."""
+  run = made(tmp_path / "run")
+  rows = [{"id": f"p{i}", "text": f"{WORDS[i % len(WORDS)]} {i}"} for i in range(40)]
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in" / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  for split in ("train", "dev", "test"):
+    queries = [{"id": f"{split}{i}", "text": f"{split} {i}", "positives": [f"p{i}"]} for i in range(3)]
+    (tmp_path / "in" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+  data = dataclasses.replace(DATA, name="jsonl", folder=str(tmp_path / "in"), cache=str(tmp_path / "cache"))
+  model = config.Model(start=str(run), start_layers=(0, 2), late_width=4, scan=False)
+  settings = config.Config(data=data, model=model)
+  with jax.set_mesh(mesh.make()):
+    params = recipe.prepare(tmp_path / "new", settings).params
+  before = Model.load(run).params
+  for name, x in arrays(before["student"].encoder).items():
+    expected = x[[0, 2]] if name.startswith("layers.") else x
+    np.testing.assert_array_equal(arrays(params["student"].encoder)[name], expected)
+  same(arrays(params["teacher"]), before["teacher"])
+  assert "random at the start, for no checkpoint brings it: student.projection\n" in capsys.readouterr().err
+  with jax.set_mesh(mesh.make()), pytest.raises(config.UserError, match=r"model.start_layers=\(0, 3\).*layers 0 to 2"):
+    recipe.prepare(
+      tmp_path / "other", dataclasses.replace(settings, model=dataclasses.replace(model, start_layers=(0, 3)))
+    )
+
+
+def test_a_model_without_a_cross_encoder_searches_without(tmp_path, capsys):
+  export(made(tmp_path / "run"), "sentence-transformers", tmp_path / "dual")
+  assert main(["import", str(tmp_path / "dual"), "--output", str(tmp_path / "again"), "--layers", "0"]) == 0
+  (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"id": w, "text": w}) + "\n" for w in WORDS[:5]))
+  data = ["jsonl", "--from", str(tmp_path)]
+  assert main(["encode", str(tmp_path / "again"), *data, "--output", str(tmp_path / "encoded")]) == 0
+  assert main(["search", str(tmp_path / "encoded"), WORDS[1], "--k", "2"]) == 0
+  capsys.readouterr()
+  assert main(["search", str(tmp_path / "encoded"), WORDS[1], "--with", "cross"]) == 2
+  assert "no cross-encoder; import one" in capsys.readouterr().err
