@@ -118,7 +118,7 @@ class Import:
 
   # a folder or a hub id: Hugging Face (bert, ernie), sentence-transformers, PyLate, PaddleNLP, RocketQA, a run
   source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-  output: Path = Path("imported")
+  output: Path = Path("imported")  # a new folder
   cross: str = ""  # the same for its cross-encoder, whose vocabulary must be the same
   layers: tuple[int, ...] = ()  # of the checkpoint, from 0, for a smaller model: 0 1 2, or 1 3 5; empty: all
   pooling: Literal["cls", "mean"] | None = None  # None: as the checkpoint says, else cls
