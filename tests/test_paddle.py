@@ -1,7 +1,9 @@
 """Models in PaddleNLP's and RocketQA's files: what is read scores as the documented model does, in float64."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 
 import jax
@@ -11,6 +13,8 @@ import pytest
 from paddle import ERNIE_1_BASE, ERNIE_2_BASE, ERNIE_2_LARGE, ERNIE_3_BASE
 
 from ernie_jax import config, hub, pretrained, scores, search
+from ernie_jax.__main__ import main
+from ernie_jax.config import UserError
 
 ENGLISH = "a quick brown fox jumps over the lazy dog rivers mountains rain sun old young birds"
 WORDS = [*paddle.SPECIAL, *ENGLISH.split()]
@@ -276,3 +280,298 @@ def test_rocketqa_v2_holds_all_three(tmp_path):
   agree(model, WORDS, BASE, query, passage)
   close(logits(model, WORDS), expected_logits(WORDS, BASE, both, pooler=False)[..., 0])
   assert model.crosses
+
+
+# ---- What a comparison would notice --------------------------------------------------------------------------------
+
+
+def tanh_gelu(x):
+  return x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) / 2
+
+
+def without(name):
+  return lambda own: own | {name: np.zeros_like(own[name])}
+
+
+@pytest.mark.parametrize(
+  ("shape", "change", "more"),
+  [
+    (BASE, dict, {"epsilon": 1e-12}),
+    (BASE, dict, {"epsilon": 2e-5}),
+    (BASE, without("embeddings.token_type_embeddings.weight"), {}),
+    (CHINESE, without("embeddings.task_type_embeddings.weight"), {}),
+    (BASE, lambda own: own | {"encoder.layers.0.linear1.weight": own["encoder.layers.0.linear1.weight"][:, ::-1]}, {}),
+    (BASE, lambda own: own | {"encoder.layers.1.norm2.weight": own["encoder.layers.1.norm1.weight"]}, {}),
+  ],
+)
+def test_the_reference_tells_models_apart(shape, change, more):
+  own, text = weights(shape), [paddle.passage(WORDS, "lazy dog", "a quick fox")]
+  difference = paddle.dual(change(own), shape, text, **more) - paddle.dual(own, shape, text)
+  assert np.abs(difference).max() > 100 * ATOL
+
+
+def test_the_reference_tells_activations_apart(monkeypatch):
+  own, text = weights(BASE), [paddle.passage(WORDS, "lazy dog", "a quick fox")]
+  exact = paddle.dual(own, BASE, text)
+  relu = paddle.dual(own, dataclasses.replace(BASE, activation="relu"), text)
+  monkeypatch.setattr(paddle, "gelu", tanh_gelu)
+  for other in (relu, paddle.dual(own, BASE, text)):
+    assert np.abs(other - exact).max() > 10 * ATOL
+
+
+def test_padding_changes_nothing_in_the_reference():
+  own = weights(BASE)
+  texts = [paddle.query(WORDS, text) for text in QUERIES]
+  alone = [paddle.dual(own, BASE, [text])[0] for text in texts]
+  np.testing.assert_allclose(paddle.dual(own, BASE, texts), alone, rtol=0, atol=1e-12)
+
+
+# ---- Checkpoints that do not fit -----------------------------------------------------------------------------------
+
+LAYERED = "ernie.encoder.layers.1.self_attn.q_proj.weight"
+
+
+def spoiled(**more):
+  """(folder) -> the dual-encoder's with other arrays, or without those that are None."""
+  arrays = prefixed(weights(BASE) | classifier(BASE, 2)) | more
+  return {name: x for name, x in arrays.items() if x is not None}
+
+
+def ones(*shape, dtype=np.float32):
+  return np.ones(shape, dtype)
+
+
+REDUCE, WORD = "emb_reduce_linear", "ernie.embeddings.word_embeddings.weight"
+NORM = "embeddings.layer_norm.bias"
+QUERY = "encoder.layer.1.attention.self.query.weight"
+
+
+@pytest.mark.parametrize(
+  ("arrays", "says"),
+  [
+    ({LAYERED: None}, [f"1 tensors do not fit config.json: {QUERY} (missing)"]),
+    ({LAYERED: ones(16, 3)}, [f"{QUERY} ((16, 3) instead of (16, 16))"]),
+    ({LAYERED: ones()}, [f"{QUERY} (() instead of (16, 16))"]),
+    ({LAYERED: ones(16, 16, dtype=np.int8)}, [f"{QUERY} (int8 instead of float32)"]),
+    ({LAYERED: ones(16, 16, dtype=bool)}, [f"{QUERY} (bool instead of float32)"]),
+    ({"ernie.encoder.layers.2.norm1.bias": ones(16)}, ["encoder.layer.2.attention.output.LayerNorm.bias (unknown)"]),
+    ({"ernie.adapter.weight": ones(2)}, ["adapter.weight (unknown)"]),
+    ({NORM: ones(16)}, [f"{NORM} is there twice"]),
+    (
+      {LAYERED: None, f"ernie.{NORM}": ones(3)},
+      ["2 tensors", "query.weight (missing)", "embeddings.LayerNorm.bias ((3,) instead of (16,))"],
+    ),
+    ({WORD: ones(9, 16)}, ["embeddings.word_embeddings.weight ((9, 16) instead of (21, 16))"]),
+    ({WORD.replace("word", "task_type"): ones()}, ["task_type_embeddings.weight (() instead of (1, 16))"]),
+    ({"ernie.pooler.dense.weight": ones(16, 3)}, ["pooler.dense.weight ((3, 16) instead of (16, 16))"]),
+    ({"ernie.pooler.dense.bias": None}, ["pooler.dense.bias (missing)"]),
+    ({"ernie.pooler.dense.weight": None}, ["pooler.dense.weight (missing)"]),
+    ({f"{REDUCE}.weight": ones(3, 8)}, [f"{REDUCE}.weight ((8, 3) instead of (8, 16))"]),
+    ({f"{REDUCE}.weight": ones()}, [f"{REDUCE}.weight (() instead of (1, 16))"]),
+    ({f"{REDUCE}.weight": ones(16, 8, dtype=np.int64)}, [f"{REDUCE}.weight (int64 instead of float32)"]),
+    ({f"{REDUCE}.weight": ones(16, 8), f"{REDUCE}.bias": ones(7)}, [f"{REDUCE}.bias ((7,) instead of (8,))"]),
+    ({f"query_ernie.{REDUCE}.weight": ones(16, 8)}, [f"queries and passages have an {REDUCE} each"]),
+    ({"classifier.weight": ones(16, 1)}, ["classifier.bias ((2,) instead of (1,))"]),
+    ({"classifier.weight": None}, ["classifier.weight (missing)"]),
+    ({f"query_ernie.ernie.{NORM}": ones(16)}, ["query encoder's embeddings.word_embeddings.weight (missing)"]),
+  ],
+)
+def test_tensors_that_do_not_fit_are_named_in_one_line(arrays, says, tmp_path):
+  folder = paddle.paddlenlp(tmp_path / SEARCH, spoiled(**arrays), paddle.settings(BASE), WORDS)
+  with pytest.raises(UserError) as error:
+    read(folder)
+  for words in [*says, "model_state.pdparams"]:
+    assert words in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    ({"hidden_size": None}, "lacks 'hidden_size'"),
+    ({"hidden_size": "16"}, "hidden_size='16' is no number"),
+    ({"hidden_size": 16.5}, "hidden_size=16.5 is no number"),
+    ({"num_hidden_layers": True}, "num_hidden_layers=True is no number"),
+    ({"num_hidden_layers": -1}, "num_hidden_layers=-1 is no number"),
+    ({"num_hidden_layers": 3}, "16 tensors do not fit"),
+    ({"num_hidden_layers": 1}, "16 tensors do not fit"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0 is no number"),
+    ({"num_attention_heads": 3}, "must divide width=16"),
+    ({"intermediate_size": 63}, "instead of (63, 16)"),
+    ({"max_position_embeddings": 511}, "position_embeddings.weight ((512, 16) instead of (511, 16))"),
+    ({"type_vocab_size": 2}, "token_type_embeddings.weight ((4, 16) instead of (2, 16))"),
+    ({"vocab_size": 10**9}, "instead of (1000000000, 16)"),
+    ({"vocab_size": 10**12}, "vocab_size=1000000000000 is no number"),
+    ({"hidden_act": "swish"}, "hidden_act 'swish'; gelu or relu is needed"),
+    ({"hidden_act": ["gelu"]}, "hidden_act ['gelu']"),
+    ({"hidden_dropout_prob": "0.1"}, "hidden_dropout_prob='0.1' is no number"),
+    ({"attention_probs_dropout_prob": 1}, "attention_probs_dropout_prob=1 is no number"),
+    ("[]", "holds no settings"),
+    ("3", "holds no settings"),
+    ("[" * 100_000, "not valid JSON"),
+    ("\ud800", "not valid JSON"),
+    ('{"init_args": [3]}', "lacks 'vocab_size'"),
+    ('{"init_args": [{"init_args": {}}]}', "lacks 'vocab_size'"),
+  ],
+)  # fmt: skip
+def test_a_configuration_that_is_none_is_one_line(change, says, tmp_path):
+  folder = paddle.paddlenlp(tmp_path / SEARCH, weights(BASE), paddle.settings(BASE), WORDS)
+  content = change
+  if isinstance(change, dict):
+    content = json.dumps({name: x for name, x in (paddle.settings(BASE) | change).items() if x is not None})
+  (folder / "config.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+  with pytest.raises(UserError) as error:
+    read(folder)
+  assert says in str(error.value)
+  assert "config.json" in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    ({"model_vocab_path": None}, "config.json: lacks 'model_vocab_path'"),
+    ({"model_vocab_path": 3}, "config.json: a path that is none"),
+    ({"model_conf_path": "nowhere.json"}, "nowhere.json: missing"),
+    ({"model_checkpoint_path": "nowhere"}, "nowhere: cannot be read"),
+    ({"model_checkpoint_path": "vocab.txt"}, "vocab.txt: cannot be read"),
+    ({"q_max_seq_len": "32"}, "config.json: q_max_seq_len='32' is no number"),
+    ("titlepara_pos_embedding", "step_36000: 1 tensors do not fit ernie_config.json: embeddings.position_embeddings"),
+    ("query_pre_encoder_layer_norm_scale", "query encoder's embeddings.LayerNorm.weight (missing)"),
+    ("titlepara_word_embedding", "holds no dual-encoder: word_embedding is missing"),
+  ],
+)
+def test_a_rocketqa_folder_that_lacks_something_is_one_line(change, says, tmp_path):
+  variables = paddle.static(weights(BASE), "titlepara_") | paddle.static(weights(BASE), "query_")
+  folder = paddle.rocketqa(tmp_path / "de", variables, BASE, WORDS)
+  if isinstance(change, dict):
+    about = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps({name: x for name, x in about.items() if x is not None}))
+  else:
+    (folder / "step_36000" / change).unlink()
+  with pytest.raises(UserError) as error:
+    read(folder)
+  assert says in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_a_dual_encoders_folder_holds_no_cross_encoder(tmp_path):
+  folder = paddle.rocketqa(tmp_path / "de", paddle.static(weights(BASE), "titlepara_"), BASE, WORDS)
+  with pytest.raises(UserError, match="holds no cross-encoder: word_embedding is missing"):
+    read(folder, teacher=True)
+
+
+# ---- The command line ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """Folders: de/ and ce/ (released), in/ (20 passages), imported/ and encoded/ by the verbs; and what import said."""
+  place = tmp_path_factory.mktemp("released")
+  dual, both = weights(BASE) | classifier(BASE, 2), weights(LARGE) | classifier(LARGE, 1)
+  paddle.paddlenlp(place / SEARCH, prefixed(dual | reduced(BASE)), paddle.settings(BASE), WORDS)
+  paddle.paddlenlp(place / "ce", prefixed(both), paddle.settings(LARGE), WORDS, old=True)
+  paddle.paddlenlp(place / "more", weights(BASE), paddle.settings(BASE), [*WORDS, "more"])
+  rng = np.random.default_rng(0)
+  text = lambda least, most: " ".join(rng.choice(ENGLISH.split(), rng.integers(least, most)))
+  corpus = [{"id": f"p{i}", "title": text(1, 3) if i % 3 else "", "text": text(4, 12)} for i in range(20)]
+  (place / "in").mkdir()
+  (place / "in" / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in corpus))
+  for split in ("train", "dev", "test"):
+    rows = [{"id": f"{split}{i}", "text": text(2, 5), "positives": [f"p{i}"]} for i in range(2)]
+    (place / "in" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  printed = io.StringIO()
+  with contextlib.redirect_stdout(printed):
+    command = ["import", str(place / SEARCH), "--output", str(place / "imported"), "--cache", str(place / "cache")]
+    assert main([*command, "--cross", str(place / "ce"), "--query-length", "16", "--passage-length", "24"]) == 0
+  (place / "said").write_text(printed.getvalue())
+  command = ["encode", str(place / "imported"), "jsonl", "--from", str(place / "in"), "--late", "16"]
+  assert main([*command, "--output", str(place / "encoded")]) == 0
+  return place
+
+
+def texts(place):
+  rows = [json.loads(line) for line in (place / "in" / "corpus.jsonl").read_text().splitlines()]
+  return [(row["title"], row["text"]) for row in rows]
+
+
+def test_import_says_what_it_found_and_assumed(place):
+  said = (place / "said").read_text()
+  assert f"directory {place / SEARCH}: 2 layers, width 16, vocabulary 21, epsilon 1e-05" in said
+  assert f"directory {place / 'ce'}: 3 layers, width 24, vocabulary 21, epsilon 1e-05" in said
+  assert "models (emb_reduce_linear)" in said
+  assert "models (a ranking head)" in said
+  assert "vectors: pooling cls, dot product\n" in said
+  assert "texts: queries of 16 tokens, passages of 24, template rocketqa" in said
+  assert "random" not in said
+
+
+def test_what_is_imported_ranks_as_the_documented_models_do(place):
+  searcher = search.Searcher(place / "encoded")
+  own = weights(BASE) | reduced(BASE)
+  asked = [paddle.query(WORDS, text) for text in QUERIES]
+  passages = [paddle.passage(WORDS, *text) for text in texts(place)]
+  expected = {"dual": paddle.dual(own, BASE, asked) @ paddle.dual(own, BASE, passages).T}
+  pairs = [paddle.pair(WORDS, query, *text) for query in QUERIES for text in texts(place)]
+  both = weights(LARGE) | classifier(LARGE, 1)
+  expected["cross"] = paddle.cross(both, LARGE, pairs, pooler=True).reshape(3, 20)
+
+  def unit(text):  # late interaction has no projection: nothing brings one
+    x = paddle.hidden(own, BASE, [text], 1e-5)[0]
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+  tokens = [unit(text) for text in passages]
+  expected["late"] = np.array([[(unit(q) @ p.T).max(1).sum() for p in tokens] for q in asked])
+  for how, reference in expected.items():
+    values, rows = searcher.rank(QUERIES, 20, how, depth=20)
+    assert (np.sort(rows, axis=1) == np.arange(20)).all()
+    atol = 1e-2 if how == "late" else 1e-4  # token vectors are float16
+    np.testing.assert_allclose(values, np.take_along_axis(reference, rows, 1), atol=atol)
+    assert (np.diff(values) <= 0).all()
+
+
+@pytest.mark.parametrize("how", ["late", "cross"])
+def test_the_command_searches_what_was_imported(place, how, capsys):
+  assert main(["search", str(place / "encoded"), QUERIES[0], "--with", how, "--k", "3", "--depth", "20"]) == 0
+  assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")][:1] == ["1"]
+
+
+def test_layers_of_the_checkpoint(place, tmp_path):
+  command = ["import", str(place / SEARCH), "--layers", "1", "--output", str(tmp_path / "small")]
+  assert main([*command, "--query-length", "16", "--passage-length", "24"]) == 0
+  model = search.Model.load(tmp_path / "small")
+  own = {name.replace("layers.1.", "layers.0."): x for name, x in weights(BASE).items() if "layers.0." not in name}
+  agree(model, WORDS, dataclasses.replace(BASE, layers=1), own | reduced(BASE))
+
+
+def test_an_epsilon_that_is_asked_for(place, tmp_path):
+  command = ["import", str(place / SEARCH), "--epsilon", "1e-12", "--output", str(tmp_path / "other")]
+  assert main([*command, "--query-length", "16", "--passage-length", "24"]) == 0
+  agree(search.Model.load(tmp_path / "other"), WORDS, BASE, weights(BASE) | reduced(BASE), epsilon=1e-12)
+
+
+@pytest.mark.parametrize(
+  ("args", "says"),
+  [
+    (["import", "more"], "more: the tokenizer has 22 entries, the weights 21; use the tokenizer"),
+    (["import", SEARCH, "--cross", "more"], "--cross: its vocabulary is not the student's"),
+    (["import", SEARCH, "--layers", "0", "2"], "--layers=(0, 2): the checkpoint has layers 0 to 1"),
+    (["import", SEARCH, "--passage-length", "600"], "data.passage_length=600"),
+    (["import", SEARCH, "--output", "in"], "--output in: is there; name a new folder"),
+    (["import", "nowhere/at/all"], "CHECKPOINT='nowhere/at/all': no such directory"),
+    (["import", SEARCH, "--cross", "nowhere/at/all"], "--cross='nowhere/at/all': no such directory"),
+    (["search", "alone", "x", "--with", "cross"], "alone: its model has no cross-encoder; import one"),
+  ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(place, args, says, monkeypatch, capsys):
+  monkeypatch.chdir(place)
+  if args[1] == "alone" and not (place / "alone").is_dir():
+    assert main(["import", SEARCH, "--output", "single"]) == 0
+    assert main(["encode", "single", "jsonl", "--from", "in", "--output", "alone"]) == 0
+    capsys.readouterr()
+  before = sorted(place.rglob("*"))
+  assert main(args if args[0] == "search" or "--output" in args else [*args, "--output", "new"]) == 2
+  errors = capsys.readouterr().err.splitlines()
+  assert [line for line in errors if line.startswith("ernie-jax: ")] == errors[-1:]
+  assert says in errors[-1]
+  assert sorted(place.rglob("*")) == before
