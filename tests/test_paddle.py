@@ -8,17 +8,17 @@ import json
 
 import jax
 import numpy as np
-import paddle
 import pytest
-from paddle import ERNIE_1_BASE, ERNIE_2_BASE, ERNIE_2_LARGE, ERNIE_3_BASE
+import released
+from released import ERNIE_1_BASE, ERNIE_2_BASE, ERNIE_2_LARGE, ERNIE_3_BASE
 
 from ernie_jax import config, hub, pretrained, scores, search
 from ernie_jax.__main__ import main
 from ernie_jax.config import UserError
 
 ENGLISH = "a quick brown fox jumps over the lazy dog rivers mountains rain sun old young birds"
-WORDS = [*paddle.SPECIAL, *ENGLISH.split()]
-SIGNS = [*paddle.SPECIAL, *"天地玄黄宇宙洪荒日月盈昃辰宿列张"]
+WORDS = [*released.SPECIAL, *ENGLISH.split()]
+SIGNS = [*released.SPECIAL, *"天地玄黄宇宙洪荒日月盈昃辰宿列张"]
 BASE = ERNIE_2_BASE.small(len(WORDS), 16, 2)
 LARGE = ERNIE_2_LARGE.small(len(WORDS), 24, 3)
 CHINESE = dataclasses.replace(ERNIE_3_BASE.small(len(SIGNS), 16, 2), inner=40)
@@ -72,14 +72,14 @@ def stored(t, vocabulary):
 
 def expected_vectors(vocabulary, shape, queries, passages, *, titles=True, **more):
   """The same by the documented model."""
-  q = [paddle.query(vocabulary, said(vocabulary, own)) for own in QUERIES]
+  q = [released.query(vocabulary, said(vocabulary, own)) for own in QUERIES]
   p = [
-    paddle.passage(vocabulary, said(vocabulary, title), said(vocabulary, text))
+    released.passage(vocabulary, said(vocabulary, title), said(vocabulary, text))
     if titles
-    else paddle.query(vocabulary, said(vocabulary, text))
+    else released.query(vocabulary, said(vocabulary, text))
     for title, text in PASSAGES
   ]
-  return paddle.dual(queries, shape, q, **more), paddle.dual(passages, shape, p, **more)
+  return released.dual(queries, shape, q, **more), released.dual(passages, shape, p, **more)
 
 
 def logits(model, vocabulary):
@@ -93,8 +93,8 @@ def logits(model, vocabulary):
 def expected_logits(vocabulary, shape, weights, *, pooler, **more):
   """[3, 3, classes]"""
   own = functools.partial(said, vocabulary)
-  pairs = [paddle.pair(vocabulary, own(q), own(title), own(text)) for q in QUERIES for title, text in PASSAGES]
-  return paddle.cross(weights, shape, pairs, pooler=pooler, **more).reshape(3, 3, -1)
+  pairs = [released.pair(vocabulary, own(q), own(title), own(text)) for q in QUERIES for title, text in PASSAGES]
+  return released.cross(weights, shape, pairs, pooler=pooler, **more).reshape(3, 3, -1)
 
 
 def close(found, expected):
@@ -103,7 +103,7 @@ def close(found, expected):
   np.testing.assert_allclose(found, expected, rtol=0, atol=ATOL)
 
 
-ATOL = 1e-5
+ATOL = 1e-5  # seen: 1.2e-6, on values up to 4.4
 
 
 # ---- Forms ---------------------------------------------------------------------------------------------------------
@@ -117,15 +117,15 @@ def prefixed(weights, prefix="ernie."):
 
 @functools.cache
 def weights(shape, seed=0):
-  return paddle.encoder(shape, seed)
+  return released.encoder(shape, seed)
 
 
 def reduced(shape, width=10):
-  return paddle.linear("emb_reduce_linear", shape.width, width, 7)
+  return released.linear("emb_reduce_linear", shape.width, width, 7)
 
 
 def classifier(shape, classes, seed=8):
-  return paddle.linear("classifier", shape.width, classes, seed)
+  return released.linear("classifier", shape.width, classes, seed)
 
 
 SEARCH = "ernie-search-base-dual-encoder-marco-en"
@@ -133,7 +133,7 @@ FORMS = {
   "prefixed": lambda: prefixed(weights(BASE) | classifier(BASE, 2)),
   "unprefixed": lambda: weights(BASE),
   "reduced": lambda: prefixed(weights(BASE) | classifier(BASE, 2) | reduced(BASE)),
-  "pre-training's leftovers": lambda: prefixed(weights(BASE) | paddle.masked_language_model(BASE)),
+  "pre-training's leftovers": lambda: prefixed(weights(BASE) | released.masked_language_model(BASE)),
   "without a pooler": lambda: {name: x for name, x in weights(BASE).items() if "pooler" not in name},
   "query tower alone": lambda: towers(query=weights(BASE)),
   "written twice": lambda: towers(query=weights(BASE) | reduced(BASE), title=weights(BASE) | reduced(BASE)),
@@ -161,7 +161,7 @@ def agree(model, vocabulary, shape, queries, passages=None, **more):
 @pytest.mark.parametrize(("form", "old"), [*((form, False) for form in FORMS), ("prefixed", True), ("reduced", True)])
 def test_ernie_search_dual_encoder(form, old, tmp_path):
   arrays = FORMS[form]()
-  found = read(paddle.paddlenlp(tmp_path / SEARCH, arrays, paddle.settings(BASE), WORDS, old=old))
+  found = read(released.paddlenlp(tmp_path / SEARCH, arrays, released.settings(BASE), WORDS, old=old))
   assert found.notes[0].startswith("LayerNorm's epsilon is 1e-05, as in RocketQA's and ERNIE-Search's models (")
   assert found.model["tied"]
   assert found.head == {}
@@ -174,7 +174,7 @@ def test_ernie_search_dual_encoder(form, old, tmp_path):
 def test_two_towers(tmp_path):
   query, title = weights(BASE), weights(BASE, 1)
   arrays = towers(query=query, title=title)
-  found = read(paddle.paddlenlp(tmp_path / "rocketqa-v1-marco", arrays, paddle.settings(BASE), WORDS))
+  found = read(released.paddlenlp(tmp_path / "rocketqa-v1-marco", arrays, released.settings(BASE), WORDS))
   assert not found.model["tied"]
   agree(adopted(found, None, tmp_path / "model"), WORDS, BASE, query, title)
 
@@ -186,8 +186,8 @@ def test_ernie_search_cross_encoder(prefix, tmp_path):
   if prefix == "ernie.ernie.":  # the state of PaddleNLP's ErnieCrossEncoder
     arrays = {name.replace("classifier", "ernie.classifier"): x for name, x in arrays.items()}
   place = tmp_path / "ernie-search-large-cross-encoder-marco-en"
-  other = read(paddle.paddlenlp(place, arrays, paddle.settings(LARGE), WORDS), teacher=True)
-  student = read(paddle.paddlenlp(tmp_path / SEARCH, weights(BASE), paddle.settings(BASE), WORDS))
+  other = read(released.paddlenlp(place, arrays, released.settings(LARGE), WORDS), teacher=True)
+  student = read(released.paddlenlp(tmp_path / SEARCH, weights(BASE), released.settings(BASE), WORDS))
   assert other.notes == ("LayerNorm's epsilon is 1e-05, as in RocketQA's and ERNIE-Search's models (a ranking head)",)
   model = adopted(student, other, tmp_path / "model")
   close(logits(model, WORDS), expected_logits(WORDS, LARGE, own, pooler=True)[..., 0])
@@ -197,7 +197,7 @@ def test_ernie_search_cross_encoder(prefix, tmp_path):
 def test_rocketqa_v2s_cross_encoder_reads_no_pooler_if_there_is_one(tmp_path):
   own = weights(BASE) | classifier(BASE, 1)
   place = tmp_path / "rocketqav2-en-marco-cross-encoder"
-  other = read(paddle.paddlenlp(place, prefixed(own), paddle.settings(BASE), WORDS), teacher=True)
+  other = read(released.paddlenlp(place, prefixed(own), released.settings(BASE), WORDS), teacher=True)
   assert any("its pooler is left out" in note for note in other.notes)
   model = adopted(other, other, tmp_path / "model")
   close(logits(model, WORDS), expected_logits(WORDS, BASE, own, pooler=False)[..., 0])
@@ -205,7 +205,7 @@ def test_rocketqa_v2s_cross_encoder_reads_no_pooler_if_there_is_one(tmp_path):
 
 def test_ernie_3_keeps_the_epsilon_of_its_configuration(tmp_path):
   own = weights(CHINESE)
-  found = read(paddle.paddlenlp(tmp_path / "ernie-3.0-base-zh", prefixed(own), paddle.settings(CHINESE), SIGNS))
+  found = read(released.paddlenlp(tmp_path / "ernie-3.0-base-zh", prefixed(own), released.settings(CHINESE), SIGNS))
   a = found.architecture
   assert (a.tasks, a.positions, a.types, a.inner, a.epsilon) == (3, 2048, 4, 40, 1e-12)
   assert found.notes == ()
@@ -214,8 +214,8 @@ def test_ernie_3_keeps_the_epsilon_of_its_configuration(tmp_path):
 
 @pytest.mark.parametrize("old", [False, True])
 def test_ernie_1_and_a_vocabulary_of_numbered_lines(old, tmp_path):
-  own = prefixed(weights(FIRST) | paddle.masked_language_model(FIRST))
-  folder = paddle.paddlenlp(tmp_path / "ernie-1.0", own, paddle.settings(FIRST), SIGNS, old=old, numbered=True)
+  own = prefixed(weights(FIRST) | released.masked_language_model(FIRST))
+  folder = released.paddlenlp(tmp_path / "ernie-1.0", own, released.settings(FIRST), SIGNS, old=old, numbered=True)
   names = {"init_class": "ErnieTokenizer"} if old else {"tokenizer_class": "ErnieTokenizer"}
   (folder / "tokenizer_config.json").write_text(json.dumps(names | {"do_lower_case": True}))  # PaddleNLP saves one
   found = read(folder)
@@ -234,9 +234,9 @@ LENGTHS = {"q_max_seq_len": 16, "p_max_seq_len": 24}
 def test_rocketqa_dual_encoder(shape, shared, tmp_path):
   vocabulary = SIGNS if shape is FIRST else WORDS
   query, passage = ({name: x for name, x in weights(shape, seed).items() if "pooler" not in name} for seed in (0, 1))
-  variables = paddle.static(passage, "titlepara_") | ({} if shared else paddle.static(query, "query_"))
+  variables = released.static(passage, "titlepara_") | ({} if shared else released.static(query, "query_"))
   about = {"model_type": "dual_encoder", "share_parameter": int(shared)} | LENGTHS
-  found = read(paddle.rocketqa(tmp_path / "de", variables, shape, vocabulary, **about))
+  found = read(released.rocketqa(tmp_path / "de", variables, shape, vocabulary, **about))
   assert found.model["tied"] == shared
   assert "(one file for each variable)" in found.notes[0]
   assert [note for note in found.notes if "for_cn" in note] == list(found.notes[1:])
@@ -246,8 +246,8 @@ def test_rocketqa_dual_encoder(shape, shared, tmp_path):
 
 
 def test_shared_parameters_are_the_passages_even_where_queries_left_some(tmp_path):
-  variables = paddle.static(weights(BASE, 1), "titlepara_") | paddle.static(weights(BASE), "query_")
-  found = read(paddle.rocketqa(tmp_path / "de", variables, BASE, WORDS, share_parameter=1, **LENGTHS))
+  variables = released.static(weights(BASE, 1), "titlepara_") | released.static(weights(BASE), "query_")
+  found = read(released.rocketqa(tmp_path / "de", variables, BASE, WORDS, share_parameter=1, **LENGTHS))
   assert found.query_encoder == {}
   agree(adopted(found, None, tmp_path / "model"), WORDS, BASE, weights(BASE, 1))
 
@@ -255,7 +255,7 @@ def test_shared_parameters_are_the_passages_even_where_queries_left_some(tmp_pat
 def test_rocketqa_cross_encoder_ranks_by_the_difference_of_its_classes(tmp_path):
   own = weights(FIRST) | classifier(FIRST, 2)
   about = {"model_type": "cross_encoder", "max_seq_len": 40}
-  folder = paddle.rocketqa(tmp_path / "ce", paddle.static(own, ""), FIRST, SIGNS, **about)
+  folder = released.rocketqa(tmp_path / "ce", released.static(own, ""), FIRST, SIGNS, **about)
   found = read(folder, teacher=True)
   assert "its two classes are one logit here, their difference: the same ranking" in found.notes
   model = adopted(found, found, tmp_path / "model")
@@ -270,10 +270,10 @@ def test_rocketqa_v2_holds_all_three(tmp_path):
   query, passage, both = (weights(BASE, seed) for seed in range(3))
   pooled = {name: x for name, x in both.items() if "pooler" in name}  # left by the model that it began with
   both = both | classifier(BASE, 1)
-  variables = paddle.static({name: x for name, x in both.items() if name not in pooled}, "qtp_")
+  variables = released.static({name: x for name, x in both.items() if name not in pooled}, "qtp_")
   for prefix, own in (("query_", query), ("titlepara_", passage)):
-    variables |= paddle.static({name: x for name, x in own.items() if name not in pooled}, prefix)
-  folder = paddle.rocketqa(tmp_path / "joint", variables | paddle.static(pooled, ""), BASE, WORDS, **LENGTHS)
+    variables |= released.static({name: x for name, x in own.items() if name not in pooled}, prefix)
+  folder = released.rocketqa(tmp_path / "joint", variables | released.static(pooled, ""), BASE, WORDS, **LENGTHS)
   student, other = read(folder), read(folder, teacher=True)
   assert other.pooler == {}
   model = adopted(student, other, tmp_path / "model")
@@ -305,25 +305,25 @@ def without(name):
   ],
 )
 def test_the_reference_tells_models_apart(shape, change, more):
-  own, text = weights(shape), [paddle.passage(WORDS, "lazy dog", "a quick fox")]
-  difference = paddle.dual(change(own), shape, text, **more) - paddle.dual(own, shape, text)
+  own, text = weights(shape), [released.passage(WORDS, "lazy dog", "a quick fox")]
+  difference = released.dual(change(own), shape, text, **more) - released.dual(own, shape, text)
   assert np.abs(difference).max() > 100 * ATOL
 
 
 def test_the_reference_tells_activations_apart(monkeypatch):
-  own, text = weights(BASE), [paddle.passage(WORDS, "lazy dog", "a quick fox")]
-  exact = paddle.dual(own, BASE, text)
-  relu = paddle.dual(own, dataclasses.replace(BASE, activation="relu"), text)
-  monkeypatch.setattr(paddle, "gelu", tanh_gelu)
-  for other in (relu, paddle.dual(own, BASE, text)):
+  own, text = weights(BASE), [released.passage(WORDS, "lazy dog", "a quick fox")]
+  exact = released.dual(own, BASE, text)
+  relu = released.dual(own, dataclasses.replace(BASE, activation="relu"), text)
+  monkeypatch.setattr(released, "gelu", tanh_gelu)
+  for other in (relu, released.dual(own, BASE, text)):
     assert np.abs(other - exact).max() > 10 * ATOL
 
 
 def test_padding_changes_nothing_in_the_reference():
   own = weights(BASE)
-  texts = [paddle.query(WORDS, text) for text in QUERIES]
-  alone = [paddle.dual(own, BASE, [text])[0] for text in texts]
-  np.testing.assert_allclose(paddle.dual(own, BASE, texts), alone, rtol=0, atol=1e-12)
+  texts = [released.query(WORDS, text) for text in QUERIES]
+  alone = [released.dual(own, BASE, [text])[0] for text in texts]
+  np.testing.assert_allclose(released.dual(own, BASE, texts), alone, rtol=0, atol=1e-12)
 
 
 # ---- Checkpoints that do not fit -----------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ QUERY = "encoder.layer.1.attention.self.query.weight"
   ],
 )
 def test_tensors_that_do_not_fit_are_named_in_one_line(arrays, says, tmp_path):
-  folder = paddle.paddlenlp(tmp_path / SEARCH, spoiled(**arrays), paddle.settings(BASE), WORDS)
+  folder = released.paddlenlp(tmp_path / SEARCH, spoiled(**arrays), released.settings(BASE), WORDS)
   with pytest.raises(UserError) as error:
     read(folder)
   for words in [*says, "model_state.pdparams"]:
@@ -415,10 +415,10 @@ def test_tensors_that_do_not_fit_are_named_in_one_line(arrays, says, tmp_path):
   ],
 )  # fmt: skip
 def test_a_configuration_that_is_none_is_one_line(change, says, tmp_path):
-  folder = paddle.paddlenlp(tmp_path / SEARCH, weights(BASE), paddle.settings(BASE), WORDS)
+  folder = released.paddlenlp(tmp_path / SEARCH, weights(BASE), released.settings(BASE), WORDS)
   content = change
   if isinstance(change, dict):
-    content = json.dumps({name: x for name, x in (paddle.settings(BASE) | change).items() if x is not None})
+    content = json.dumps({name: x for name, x in (released.settings(BASE) | change).items() if x is not None})
   (folder / "config.json").write_bytes(content.encode("utf-8", "surrogatepass"))
   with pytest.raises(UserError) as error:
     read(folder)
@@ -442,8 +442,8 @@ def test_a_configuration_that_is_none_is_one_line(change, says, tmp_path):
   ],
 )
 def test_a_rocketqa_folder_that_lacks_something_is_one_line(change, says, tmp_path):
-  variables = paddle.static(weights(BASE), "titlepara_") | paddle.static(weights(BASE), "query_")
-  folder = paddle.rocketqa(tmp_path / "de", variables, BASE, WORDS)
+  variables = released.static(weights(BASE), "titlepara_") | released.static(weights(BASE), "query_")
+  folder = released.rocketqa(tmp_path / "de", variables, BASE, WORDS)
   if isinstance(change, dict):
     about = json.loads((folder / "config.json").read_text()) | change
     (folder / "config.json").write_text(json.dumps({name: x for name, x in about.items() if x is not None}))
@@ -456,7 +456,7 @@ def test_a_rocketqa_folder_that_lacks_something_is_one_line(change, says, tmp_pa
 
 
 def test_a_dual_encoders_folder_holds_no_cross_encoder(tmp_path):
-  folder = paddle.rocketqa(tmp_path / "de", paddle.static(weights(BASE), "titlepara_"), BASE, WORDS)
+  folder = released.rocketqa(tmp_path / "de", released.static(weights(BASE), "titlepara_"), BASE, WORDS)
   with pytest.raises(UserError, match="holds no cross-encoder: word_embedding is missing"):
     read(folder, teacher=True)
 
@@ -469,9 +469,9 @@ def place(tmp_path_factory):
   """Folders: de/ and ce/ (released), in/ (20 passages), imported/ and encoded/ by the verbs; and what import said."""
   place = tmp_path_factory.mktemp("released")
   dual, both = weights(BASE) | classifier(BASE, 2), weights(LARGE) | classifier(LARGE, 1)
-  paddle.paddlenlp(place / SEARCH, prefixed(dual | reduced(BASE)), paddle.settings(BASE), WORDS)
-  paddle.paddlenlp(place / "ce", prefixed(both), paddle.settings(LARGE), WORDS, old=True)
-  paddle.paddlenlp(place / "more", weights(BASE), paddle.settings(BASE), [*WORDS, "more"])
+  released.paddlenlp(place / SEARCH, prefixed(dual | reduced(BASE)), released.settings(BASE), WORDS)
+  released.paddlenlp(place / "ce", prefixed(both), released.settings(LARGE), WORDS, old=True)
+  released.paddlenlp(place / "more", weights(BASE), released.settings(BASE), [*WORDS, "more"])
   rng = np.random.default_rng(0)
   text = lambda least, most: " ".join(rng.choice(ENGLISH.split(), rng.integers(least, most)))
   corpus = [{"id": f"p{i}", "title": text(1, 3) if i % 3 else "", "text": text(4, 12)} for i in range(20)]
@@ -509,15 +509,15 @@ def test_import_says_what_it_found_and_assumed(place):
 def test_what_is_imported_ranks_as_the_documented_models_do(place):
   searcher = search.Searcher(place / "encoded")
   own = weights(BASE) | reduced(BASE)
-  asked = [paddle.query(WORDS, text) for text in QUERIES]
-  passages = [paddle.passage(WORDS, *text) for text in texts(place)]
-  expected = {"dual": paddle.dual(own, BASE, asked) @ paddle.dual(own, BASE, passages).T}
-  pairs = [paddle.pair(WORDS, query, *text) for query in QUERIES for text in texts(place)]
+  asked = [released.query(WORDS, text) for text in QUERIES]
+  passages = [released.passage(WORDS, *text) for text in texts(place)]
+  expected = {"dual": released.dual(own, BASE, asked) @ released.dual(own, BASE, passages).T}
+  pairs = [released.pair(WORDS, query, *text) for query in QUERIES for text in texts(place)]
   both = weights(LARGE) | classifier(LARGE, 1)
-  expected["cross"] = paddle.cross(both, LARGE, pairs, pooler=True).reshape(3, 20)
+  expected["cross"] = released.cross(both, LARGE, pairs, pooler=True).reshape(3, 20)
 
   def unit(text):  # late interaction has no projection: nothing brings one
-    x = paddle.hidden(own, BASE, [text], 1e-5)[0]
+    x = released.hidden(own, BASE, [text], 1e-5)[0]
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
   tokens = [unit(text) for text in passages]
@@ -544,9 +544,11 @@ def test_layers_of_the_checkpoint(place, tmp_path):
   agree(model, WORDS, dataclasses.replace(BASE, layers=1), own | reduced(BASE))
 
 
-def test_an_epsilon_that_is_asked_for(place, tmp_path):
+def test_an_epsilon_that_is_asked_for(place, tmp_path, capsys):
   command = ["import", str(place / SEARCH), "--epsilon", "1e-12", "--output", str(tmp_path / "other")]
   assert main([*command, "--query-length", "16", "--passage-length", "24"]) == 0
+  (line,) = (line for line in capsys.readouterr().out.splitlines() if "epsilon" in line)
+  assert line.endswith("epsilon 1e-12")
   agree(search.Model.load(tmp_path / "other"), WORDS, BASE, weights(BASE) | reduced(BASE), epsilon=1e-12)
 
 
