@@ -41,7 +41,9 @@ HEADS = {
   "reduction": "emb_reduce_linear",  # of dual-encoder vectors, as PaddleNLP calls it
 }
 # Parts of other tasks, and buffers.
-IGNORED = re.compile(r"(pooler|classifier|cls|lm_head|linear)\.|embeddings\.(position|token_type)_ids$")
+IGNORED = re.compile(
+  r"(pooler|classifier|cls|lm_head|linear|emb_reduce_linear)\.|mask_lm_|embeddings\.(position|token_type)_ids$"
+)
 # PaddleNLP's names -> Hugging Face's.
 PADDLE = (
   (r"^embeddings\.layer_norm\.", "embeddings.LayerNorm."),

@@ -6,6 +6,7 @@ Where a format leaves something open (LayerNorm's epsilon, how a vector is made)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -98,7 +99,7 @@ def load(directory: Path, source: str, *, teacher: bool = False) -> Checkpoint:
     return _modules(directory, source)
   about, old = directory / "config.json", directory / "model_config.json"
   about = old if old.is_file() and not about.is_file() else about
-  if "model_checkpoint_path" in read_json(about):
+  if "model_checkpoint_path" in _settings(about):
     return _rocketqa(about, source, teacher)
   return _plain(about, source, teacher)
 
@@ -106,11 +107,20 @@ def load(directory: Path, source: str, *, teacher: bool = False) -> Checkpoint:
 def read_json(path: Path) -> Any:
   """A file of a checkpoint or a run."""
   try:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError as error:
     raise UserError(f"{path}: missing; name a complete checkpoint folder") from error
-  except ValueError as error:
+  except OSError as error:
+    raise UserError(f"{path}: cannot be read ({error.strerror}); name a complete checkpoint folder") from error
+  except (ValueError, RecursionError) as error:
     raise UserError(f"{path}: not valid JSON ({first_line(error)}); get the folder again") from error
+
+
+def _settings(path: Path) -> dict[str, Any]:
+  settings = read_json(path)
+  if not isinstance(settings, dict):
+    raise UserError(f"{path}: holds no settings; get the folder again")
+  return settings
 
 
 # ---- Layouts -------------------------------------------------------------------------------------------------------
@@ -238,14 +248,16 @@ def _dense(place: Path) -> Arrays:
 
 def _rocketqa(about: Path, source: str, teacher: bool) -> Checkpoint:
   """RocketQA's folder: `config.json` names the encoder's configuration, the vocabulary and the folder of variables."""
-  settings = read_json(about)
+  settings = _settings(about)
   try:
     place, shape, vocabulary = (
       about.parent / settings[f"model_{name}_path"] for name in ("checkpoint", "conf", "vocab")
     )
     files = sorted(path.name for path in place.iterdir())
-  except (KeyError, TypeError) as error:
+  except KeyError as error:
     raise UserError(f"{about}: lacks {error}; download the checkpoint again") from error
+  except (TypeError, ValueError) as error:
+    raise UserError(f"{about}: a path that is none ({first_line(error)}); download the checkpoint again") from error
   except OSError as error:
     raise UserError(f"{error.filename}: cannot be read ({error.strerror}); download the checkpoint again") from error
   # The joint model of RocketQAv2 holds all three; cross-encoders have no prefix, or that of the joint model.
@@ -254,39 +266,61 @@ def _rocketqa(about: Path, source: str, teacher: bool) -> Checkpoint:
     main, query = ("qtp_" if "qtp_" in prefixes else ""), None
   else:
     main = "titlepara_" if "titlepara_" in prefixes else ""
-    query = "query_" if {"query_", "titlepara_"} <= set(prefixes) else None
+    untied = {"query_", "titlepara_"} <= set(prefixes) and not settings.get("share_parameter")
+    query = "query_" if untied else None
+  if f"{main}word_embedding" not in files:
+    kind = "cross-encoder" if teacher else "dual-encoder"
+    raise UserError(f"{place}: holds no {kind}: {main}word_embedding is missing; name the folder of one")
 
   def tower(prefix: str | None) -> Arrays:
     if prefix is None:
       return {}
     names = {}
+    own = (prefix,) if prefix == "qtp_" else (prefix, "pooled_fc")  # the joint model's has no pooler
     for file in files:
-      name = renamed(file.removeprefix(prefix) if file.startswith((prefix, "pooled_fc")) else "", ROCKETQA)
+      name = renamed(file.removeprefix(prefix) if file.startswith(own) else "", ROCKETQA)
       if name.endswith((".weight", ".bias")):  # optimizers leave files too
         names[file] = name
     raw = unpickle.variables(place, names)
     return {names[file]: turned(names[file], x) for file, x in raw.items()}
 
   lengths = {"query_length": "q_max_seq_len", "passage_length": "p_max_seq_len"}
-  data = {ours: settings[theirs] for ours, theirs in lengths.items() if theirs in settings}
+  try:
+    data = {ours: _number(settings, theirs) for ours, theirs in lengths.items() if theirs in settings}
+  except UserError as error:
+    raise UserError(f"{about}: {error}") from error
   found = _checkpoint(tower(main), tower(query), shape, place, vocabulary, source, teacher)
-  return dataclasses.replace(found, data=data | {"template": "rocketqa"})
+  notes = found.notes
+  if settings.get("for_cn"):
+    notes += ("RocketQA takes the spaces out of its texts (for_cn), which stay here: other scores for Latin words",)
+  return dataclasses.replace(found, data=found.data | data, notes=notes)
 
 
 def _plain(about: Path, source: str, teacher: bool) -> Checkpoint:
   """Hugging Face's layout and PaddleNLP's."""
-  settings, directory = read_json(about), about.parent
+  settings, directory = _settings(about), about.parent
   path, raw = _tensors(directory)
   if path.suffix == ".pdparams":
     query = {name: x for name, x in raw.items() if name.startswith("query_ernie.")}
     main = {name: x for name, x in raw.items() if name not in query} or query
 
     def tower(raw: Arrays) -> Arrays:
-      names = {name: renamed(re.sub(r"^((query_|title_)?ernie\.)+", "", name), PADDLE) for name in raw}
-      return {names[name]: turned(names[name], x) for name, x in raw.items()}
+      found: Arrays = {}
+      for name, x in raw.items():
+        theirs = renamed(re.sub(r"^((query_|title_)?ernie\.)+", "", name), PADDLE)
+        if theirs in found:
+          raise UserError(f"{path}: {name} is there twice, with another prefix; keep one encoder of them")
+        found[theirs] = turned(theirs, x)
+      return found
 
-    own = {} if main is query else tower(query)
-    return _checkpoint(tower(main), own, about, path, directory, source, teacher)
+    passages, queries = tower(main), {} if main is query else tower(query)
+    equal = lambda name: name in queries and name in passages and np.array_equal(queries[name], passages[name])
+    every = passages.keys() | queries.keys() if queries else set()
+    if any(name.startswith("emb_reduce_linear.") and not equal(name) for name in every):
+      raise UserError(f"{path}: queries and passages have an emb_reduce_linear each; one for both is supported")
+    if all(equal(name) or IGNORED.match(name) for name in every):  # one encoder, written twice
+      queries = {}
+    return _checkpoint(passages, queries, about, path, directory, source, teacher)
   if settings.get("model_type") not in ("bert", "ernie"):
     raise UserError(f"{about}: model_type {settings.get('model_type')!r}; bert or ernie is needed")
   # Old checkpoints call a norm's scale gamma and its shift beta.
@@ -344,27 +378,31 @@ def _checkpoint(
   notes = []
   parts = {ours: _linear(theirs, name) for ours, name in HEADS.items()}
   paddle = path.suffix == ".pdparams" or path.is_dir()
-  classes = parts["head"].get("kernel", np.zeros((0, 0))).shape[-1]
-  if paddle and teacher and classes == 2:
+  classes = parts["head"]["kernel"].shape[-1:] if "kernel" in parts["head"] else ()
+  if paddle and teacher and classes == (2,):
     # softmax(l)[1] = sigmoid(l1 - l0)
     parts["head"] = {name: x[..., 1:] - x[..., :1] for name, x in parts["head"].items()}
     notes.append("its two classes are one logit here, their difference: the same ranking")
-  elif classes != 1:
+  elif classes != (1,):
     parts["head"] = {}  # classes of another task
   known = _retrieval(source, path, parts) if paddle else ""
+  if teacher and parts["pooler"] and re.search("rocketqa.?v2", _called(source, path)):
+    parts["pooler"] = {}
+    notes.append("its pooler is left out: RocketQAv2's cross-encoder reads the first token's state itself")
   if known:
     notes.append(f"LayerNorm's epsilon is 1e-05, as in RocketQA's and ERNIE-Search's models ({known})")
-  a = _architecture(about, len(theirs.get(EMBEDDINGS["task.embedding"], ())), 1e-5 if known else None)
+  a = _architecture(about, len(np.atleast_1d(theirs.get(EMBEDDINGS["task.embedding"], ()))), 1e-5 if known else None)
   wrong: list[str] = []
   encoder = _encoder(theirs, a, wrong, "")
   query_encoder = _encoder(query, a, wrong, "query encoder's ") if query else {}
-  for ours, part in parts.items():
-    outputs = {"pooler": a.width, "head": 1}.get(ours, part.get("kernel", np.zeros((0, 0))).shape[-1])
-    wrong += [
-      f"{HEADS[ours]}'s {name} ({x.shape} instead of {shape})"
-      for name, shape in (("kernel", (a.width, outputs)), ("bias", (outputs,)))
-      if (x := part.get(name)) is not None and x.shape != shape
-    ]
+  for ours, name in HEADS.items():
+    weight, bias = (theirs.get(f"{name}.{end}") for end in ("weight", "bias"))
+    if not parts[ours] and (weight is not None or bias is None):
+      continue  # not there, or of another task
+    outputs = a.width if ours == "pooler" else 1 if weight is None else len(np.atleast_1d(weight))
+    wrong += _misfit(f"{name}.weight", weight, (outputs, a.width))
+    if bias is not None or ours in ("pooler", "head"):
+      wrong += _misfit(f"{name}.bias", bias, (outputs,))
   if wrong:
     some = "; ".join(wrong[:5]) + ("; ..." if len(wrong) > 5 else "")
     raise UserError(f"{path}: {len(wrong)} tensors do not fit {about.name}: {some}")
@@ -377,37 +415,51 @@ def _checkpoint(
     "teacher_pooler": bool(parts["pooler"]),
   }
   return Checkpoint(
-    a, encoder, tokenizer, source, **parts, query_encoder=query_encoder, model=model, notes=tuple(notes)
-  )
+    a, encoder, tokenizer, source, **parts, query_encoder=query_encoder, model=model,
+    data={"template": "rocketqa"} if known else {}, notes=tuple(notes),
+  )  # fmt: skip
 
 
 def _architecture(about: Path, tasks: int, epsilon: float | None) -> config.Architecture:
   """The encoder's shape as a configuration tells it, with so many task types; None is the configuration's epsilon."""
-  settings = read_json(about)
-  inside = settings.get("init_args") or [{}]  # of PaddleNLP before 2.5: nested once, or twice
-  settings = {**inside[0].get("init_args", [{}])[0], **inside[0], **settings}
+  settings = _settings(about)
+  inside = settings.get("init_args")  # of PaddleNLP before 2.5: nested once, or twice
+  while isinstance(inside, list) and inside and isinstance(inside[0], dict):
+    settings, inside = inside[0] | settings, inside[0].get("init_args")
   activation, positions = settings.get("hidden_act", "gelu"), settings.get("position_embedding_type", "absolute")
   if activation not in ("gelu", "relu"):
     raise UserError(f"{about}: hidden_act {activation!r}; gelu or relu is needed")
   if positions != "absolute":
     raise UserError(f"{about}: position_embedding_type {positions!r}; absolute is needed")
+  number = functools.partial(_number, settings)
   try:
     return config.Architecture(
-      vocabulary=settings["vocab_size"],
-      width=settings["hidden_size"],
-      layers=settings["num_hidden_layers"],
-      heads=settings["num_attention_heads"],
-      inner=settings.get("intermediate_size") or 4 * settings["hidden_size"],
-      positions=settings["max_position_embeddings"],
-      types=settings.get("sent_type_vocab_size") or settings["type_vocab_size"],
+      vocabulary=number("vocab_size"),
+      width=number("hidden_size"),
+      layers=number("num_hidden_layers"),
+      heads=number("num_attention_heads"),
+      inner=number("intermediate_size") if settings.get("intermediate_size") else 4 * number("hidden_size"),
+      positions=number("max_position_embeddings"),
+      types=number("sent_type_vocab_size" if settings.get("sent_type_vocab_size") else "type_vocab_size"),
       tasks=tasks,
       activation=activation,
-      epsilon=settings.get("layer_norm_eps", 1e-12) if epsilon is None else epsilon,
-      dropout=settings.get("hidden_dropout_prob", 0.1),
-      attention_dropout=settings.get("attention_probs_dropout_prob", 0.1),
+      epsilon=number("layer_norm_eps", 1e-12) if epsilon is None else epsilon,
+      dropout=number("hidden_dropout_prob", 0.1),
+      attention_dropout=number("attention_probs_dropout_prob", 0.1),
     )
-  except (KeyError, TypeError) as error:
-    raise UserError(f"{about}: lacks {error}; not a BERT or ERNIE configuration") from error
+  except UserError as error:
+    raise UserError(f"{about}: {error}") from error
+
+
+def _number(settings: dict[str, Any], field: str, default: float | None = None) -> Any:
+  """A field that counts something; with a default, a share or the like. `UserError` if it is neither."""
+  value = settings.get(field, default)
+  if value is None:
+    raise UserError(f"lacks {field!r}; not a BERT or ERNIE configuration")
+  kind, least, most = (int, 1, 2**31) if default is None else (int | float, 0, 1)
+  if isinstance(value, bool) or not isinstance(value, kind) or not least <= value < most:
+    raise UserError(f"{field}={value!r} is no number that fits; download the checkpoint again")
+  return value
 
 
 def _retrieval(source: str, path: Path, parts: dict[str, Arrays]) -> str:
@@ -422,8 +474,13 @@ def _retrieval(source: str, path: Path, parts: dict[str, Arrays]) -> str:
     return "emb_reduce_linear"
   if parts["head"]:
     return "a ranking head"
-  found = re.search(r"rocketqa|ernie.search", f"{source} {path.name}".lower())
+  found = re.search(r"rocketqa|ernie.search", _called(source, path))
   return f"named {found[0]}" if found else ""
+
+
+def _called(source: str, path: Path) -> str:
+  """A checkpoint's names: its own in a hub, its folder's and its file's."""
+  return f"{source.rpartition('/')[2]} {path.resolve().parent.name} {path.name}".lower()
 
 
 def _linear(theirs: Arrays, name: str) -> Arrays:
@@ -445,17 +502,27 @@ def _encoder(theirs: Arrays, a: config.Architecture, wrong: list[str], whose: st
     used.add(name)
     x = theirs.get(name)
     x = x if x is None or not transposed(name) else x.T
-    if x is None or x.shape != shape:
-      wrong.append(f"{whose}{name} ({'missing' if x is None else f'{x.shape} instead of {shape}'})")
-      return np.zeros(shape, np.float32)
+    if found := _misfit(whose + name, x, shape):
+      wrong.extend(found)
+      return np.broadcast_to(np.float32(0), shape)
     return np.asarray(x, np.float32)
 
   tensors = {ours: take(EMBEDDINGS[ours], wanted[ours]) for ours in EMBEDDINGS if ours in wanted}
   for ours, name in LAYER.items():
-    tensors[ours] = np.stack([take(name.format(i), wanted[ours][1:]) for i in range(a.layers)])
+    parts = [take(name.format(i), wanted[ours][1:]) for i in range(a.layers)]
+    tensors[ours] = np.stack(parts) if not wrong else parts[0]
   more = [name for name in theirs if name not in used and not IGNORED.match(name)]
   wrong += [f"{whose}{name} (unknown)" for name in more]
   return tensors
+
+
+def _misfit(name: str, x: np.ndarray | None, shape: tuple[int, ...]) -> list[str]:
+  """What is wrong with a tensor, if anything."""
+  if x is None:
+    return [f"{name} (missing)"]
+  if x.shape != shape:
+    return [f"{name} ({x.shape} instead of {shape})"]
+  return [] if x.dtype.kind == "f" else [f"{name} ({x.dtype} instead of float32)"]
 
 
 def shapes(a: config.Architecture) -> dict[str, tuple[int, ...]]:

@@ -63,8 +63,11 @@ class Tokenizer:
       return cls.of_vocabulary(directory)
     if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
       raise UserError(f"{directory}: no tokenizer.json and no vocab.txt; name a complete checkpoint directory")
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-      return cls.of_vocabulary(directory / "vocab.txt")
+    if not (directory / "tokenizer.json").is_file():
+      settings = _settings(directory / "tokenizer_config.json")
+      kind = settings.get("tokenizer_class", settings.get("init_class", ""))
+      if not settings or str(kind).startswith("Ernie"):  # PaddleNLP's name for BERT's
+        return cls.of_vocabulary(directory / "vocab.txt", lower=settings.get("do_lower_case") is not False)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises to install PyTorch
     import transformers
 
@@ -75,8 +78,8 @@ class Tokenizer:
     return cls.wrap(backend, str(directory))
 
   @classmethod
-  def of_vocabulary(cls, path: Path) -> Tokenizer:
-    """Lower-casing, from lines with a token, or with `token TAB number` as ERNIE's first Chinese models have them."""
+  def of_vocabulary(cls, path: Path, lower: bool = True) -> Tokenizer:
+    """From lines with a token, or with `token TAB number` as ERNIE's first Chinese models have them."""
     try:
       lines = path.read_text(encoding="utf-8").split("\n")
       numbered = enumerate(line.rstrip("\r").split("\t") for line in lines)
@@ -87,7 +90,7 @@ class Tokenizer:
       raise UserError(f"{path}: not a vocabulary ({first_line(error)}); download the checkpoint again") from error
     from tokenizers import models
 
-    return cls.wrap(_lower_casing(models.WordPiece(ids, unk_token="[UNK]")), str(path))
+    return cls.wrap(_around(models.WordPiece(ids, unk_token="[UNK]"), lower), str(path))
 
   @classmethod
   def train(cls, texts: Sequence[str], size: int) -> Tokenizer:
@@ -97,14 +100,14 @@ class Tokenizer:
     texts = texts[:: -(-len(texts) // SAMPLE) or 1]
     # The trainer numbers continuing letters (##a) in an order that changes from run to run, and breaks ties by number:
     # numbered beforehand, the same corpus gives the same vocabulary.
-    draft = _lower_casing(models.WordPiece(unk_token="[UNK]"))
+    draft = _around(models.WordPiece(unk_token="[UNK]"))
     split = lambda text: draft.pre_tokenizer.pre_tokenize_str(draft.normalizer.normalize_str(text))
     inner = sorted({f"##{letter}" for text in texts for word, _ in split(text) for letter in word[1:]})
     trainer = trainers.WordPieceTrainer(
       vocab_size=size, special_tokens=[*SPECIAL, *MARKERS, *inner], show_progress=False
     )
     draft.train_from_iterator(texts, trainer)
-    backend = _lower_casing(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
+    backend = _around(models.WordPiece(draft.get_vocab(), unk_token="[UNK]"))
     backend.add_special_tokens([*SPECIAL, *MARKERS])
     return cls.wrap(backend, "vocabulary built from the corpus")
 
@@ -131,13 +134,26 @@ class Tokenizer:
     config.write(directory / "tokenizer.json", self.backend.to_str(pretty=True))
 
 
-def _lower_casing(model: tokenizers.models.WordPiece) -> tokenizers.Tokenizer:
-  """BERT's uncased tokenizer around a vocabulary."""
+def _settings(path: Path) -> dict:
+  """What a tokenizer_config.json says; nothing if there is none."""
+  try:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError, RecursionError) as error:
+    raise UserError(f"{path}: the tokenizer cannot be read ({first_line(error)})") from error
+  if not isinstance(found, dict):
+    raise UserError(f"{path}: the tokenizer cannot be read (it holds no settings)")
+  return found
+
+
+def _around(model: tokenizers.models.WordPiece, lower: bool = True) -> tokenizers.Tokenizer:
+  """BERT's tokenizer around a vocabulary."""
   import tokenizers
   from tokenizers import decoders, normalizers, pre_tokenizers
 
   backend = tokenizers.Tokenizer(model)
-  backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+  backend.normalizer = normalizers.BertNormalizer(lowercase=lower)
   backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
   backend.decoder = decoders.WordPiece()
   return backend

@@ -534,7 +534,9 @@ def bring(args: Sequence[str]) -> None:
   def load(name: str, field: str, *, teacher: bool) -> pretrained.Checkpoint:
     found = pretrained.load(*hub.locate(name, Path(chosen.cache).expanduser(), field), teacher=teacher)
     if chosen.epsilon is not None:
-      found = dataclasses.replace(found, architecture=dataclasses.replace(found.architecture, epsilon=chosen.epsilon))
+      other = tuple(note for note in found.notes if "epsilon" not in note)
+      a = dataclasses.replace(found.architecture, epsilon=chosen.epsilon)
+      found = dataclasses.replace(found, architecture=a, notes=other)
     return found
 
   given = lambda *fields: {f: x for f in fields if (x := getattr(chosen, f)) is not None}
