@@ -167,8 +167,11 @@ def _modules(directory: Path, source: str) -> Checkpoint:
     raise UserError(f"{path}: not what sentence-transformers writes ({first_line(error)})") from error
   data = passage.data | {"query_length": query.data.get("passage_length", config.Data.query_length)}
   model = passage.model | {"tied": False}
-  if query.architecture != passage.architecture or query.model != passage.model:
-    raise UserError(f"{path}: queries and passages have encoders of different kinds; that is not supported")
+  same = query.architecture == passage.architecture and query.model == passage.model
+  if not same or any((query.reduction[name] != x).any() for name, x in passage.reduction.items()):
+    raise UserError(
+      f"{path}: queries and passages have encoders of different kinds, or a Dense each; that is not supported"
+    )
   return dataclasses.replace(passage, query_encoder=query.encoder, model=model, data=data)
 
 
@@ -192,7 +195,7 @@ def _tower(modules: Sequence[tuple[str, Path]], directory: Path, source: str) ->
     elif kind == "Dense":
       if dense:
         raise UserError(f"{part}: a second Dense layer; at most one is supported")
-      dense = _dense(part)
+      dense = _dense(part, found.architecture.width)
     elif kind == "Normalize":
       model["cosine"] = True
     else:
@@ -200,12 +203,17 @@ def _tower(modules: Sequence[tuple[str, Path]], directory: Path, source: str) ->
         f"{directory / 'modules.json'}: {kind} is not supported; Transformer, Pooling, Dense, Normalize are"
       )
   if late:
-    data |= {ours: about[theirs] for ours, theirs in LENGTHS.items() if theirs in about}
+    lengths = {"query_length": "query_length", "passage_length": "document_length"}
+    data |= {ours: about[theirs] for ours, theirs in lengths.items() if theirs in about}
     data["augment"] = about.get("do_query_expansion", True)
     prefixes = about.get("query_prefix", "[Q] "), about.get("document_prefix", "[D] ")
-    data["markers"] = prefixes == MARKERS
-    if prefixes not in (MARKERS, ("", "")):
-      notes.append(f"its texts begin with {' and '.join(prefixes)}, which are left out here: expect other scores")
+  else:
+    prompts = about.get("prompts") or {}
+    prefixes = prompts.get("query", ""), prompts.get("document", prompts.get("passage", ""))
+  data["markers"] = tuple(prefix.strip() for prefix in prefixes) == MARKERS
+  if any(prefixes) and not data["markers"]:
+    notes.append(f"its texts begin with {' and '.join(map(repr, prefixes))}, left out here: expect other scores")
+  if late:
     if about.get("skiplist_words", True):
       notes.append("it leaves punctuation out of passages, which counts here: expect other scores")
     if "bias" in dense:
@@ -217,9 +225,6 @@ def _tower(modules: Sequence[tuple[str, Path]], directory: Path, source: str) ->
   model |= {"late_width" if late else "dual_width": width}
   found = dataclasses.replace(found, model=model, data=data, notes=tuple(notes))
   return dataclasses.replace(found, projection=dense) if late else dataclasses.replace(found, reduction=dense)
-
-
-LENGTHS = {"query_length": "query_length", "passage_length": "document_length"}
 
 
 def _pooling(path: Path) -> str:
@@ -235,14 +240,20 @@ def _pooling(path: Path) -> str:
   return known[modes[0]]
 
 
-def _dense(place: Path) -> Arrays:
-  """Kernel, and bias if there is one, of a Dense module."""
+def _dense(place: Path, width: int) -> Arrays:
+  """Kernel, and bias if there is one, of a Dense module after an encoder of this width."""
   settings = read_json(place / "config.json")
   if not settings.get("activation_function", "").endswith("Identity") or settings.get("use_residual"):
     raise UserError(
       f"{place / 'config.json'}: a Dense layer with an activation or a residual; only linear ones are read"
     )
-  _, raw = _tensors(place)
+  path, raw = _tensors(place)
+  weight, bias = raw.get("linear.weight"), raw.get("linear.bias")
+  outputs = 0 if weight is None else len(np.atleast_1d(weight))
+  wrong = _misfit("linear.weight", weight, (outputs, width))
+  wrong += [] if bias is None else _misfit("linear.bias", bias, (outputs,))
+  if wrong:
+    raise UserError(f"{path}: {'; '.join(wrong)}; download the checkpoint again")
   return _linear(raw, "linear")
 
 

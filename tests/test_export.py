@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from test_pretrained import edit
 from test_retrieval import WORDS
 
 from ernie_jax import checkpoints, config, mesh, pretrained, recipe, step, templates, tokens
@@ -57,6 +58,7 @@ DUAL = [
   {"dual_width": 5},
   {"dual_width": 5, "cosine": True, "tied": False},
   {"shape": TASKS, "data": dataclasses.replace(DATA, template="rocketqa")},
+  {"data": dataclasses.replace(DATA, markers=True)},
 ]
 
 
@@ -74,6 +76,8 @@ def test_a_dual_encoder_comes_back_bit_for_bit(tmp_path, settings):
     assert found.model[field] == getattr(model, field), field
   assert found.data["passage_length"] == DATA.passage_length
   assert found.data.get("query_length", 9) == 9
+  assert found.data["markers"] == own.template.data.markers
+  assert found.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -263,3 +267,61 @@ def test_a_model_without_a_cross_encoder_searches_without(tmp_path, capsys):
   capsys.readouterr()
   assert main(["search", str(tmp_path / "encoded"), WORDS[1], "--with", "cross"]) == 2
   assert "no cross-encoder; import one" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  place = tmp_path_factory.mktemp("exported")
+  run = made(place / "run", dual_width=5, cosine=True, tied=False)
+  export(run, "sentence-transformers", place / "dual")
+  export(made(place / "late"), "pylate", place / "colbert")
+  return place
+
+
+def changed(path: Path, **fields) -> None:
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+  ("layout", "spoil", "says"),
+  [
+    ("dual", lambda d: (d / "router_config.json").unlink(), "router_config.json: missing"),
+    ("dual", lambda d: (d / "modules.json").write_text("[]"), "not what sentence-transformers writes"),
+    ("dual", lambda d: (d / "modules.json").write_text('[{"type": "a.LSTM", "path": ""}]'), "begins with LSTM"),
+    ("dual", lambda d: changed(d / "query_1_Pooling" / "config.json", pooling_mode="max"), "pooling max"),
+    (
+      "dual",
+      lambda d: changed(d / "query_2_Dense" / "config.json", activation_function="torch.nn.Tanh"),
+      "an activation or a residual",
+    ),
+    ("dual", lambda d: edit(d / "query_2_Dense", lambda t: t.pop("linear.weight")), "linear.weight \\(missing\\)"),
+    ("dual", lambda d: edit(d / "query_2_Dense", lambda t: t.update(widen(t))), "linear.weight .*instead of"),
+    ("dual", lambda d: edit(d / "query_2_Dense", lambda t: t.update(other(t))), "a Dense each"),
+    ("dual", lambda d: edit(d / "query_0_Transformer", lambda t: t.update(more=np.ones(2))), "more \\(unknown\\)"),
+    ("colbert", lambda d: edit(d / "1_Dense", lambda t: t.update({"linear.bias": np.ones(8)})), "has a bias"),
+  ],
+)
+def test_what_cannot_be_read_is_one_line(exported, tmp_path, layout, spoil, says):
+  place = shutil.copytree(exported / layout, tmp_path / layout)
+  spoil(place)
+  with pytest.raises(config.UserError, match=says) as error:
+    pretrained.load(place, "")
+  assert "\n" not in str(error.value)
+
+
+def widen(tensors):
+  return {"linear.weight": np.ones((5, 17), np.float32)}
+
+
+def other(tensors):
+  return {"linear.weight": tensors["linear.weight"] + 1}
+
+
+def test_prefixes_that_are_not_ours_are_noted(exported, tmp_path):
+  place = shutil.copytree(exported / "colbert", tmp_path / "colbert")
+  changed(
+    place / "config_sentence_transformers.json", query_prefix="[Q] ", document_prefix="[D] ", skiplist_words=["!"]
+  )
+  first, second = pretrained.load(place, "").notes
+  assert "'[Q] ' and '[D] '" in first
+  assert "punctuation" in second

@@ -547,7 +547,7 @@ def test_layers_of_the_checkpoint(place, tmp_path):
 def test_an_epsilon_that_is_asked_for(place, tmp_path, capsys):
   command = ["import", str(place / SEARCH), "--epsilon", "1e-12", "--output", str(tmp_path / "other")]
   assert main([*command, "--query-length", "16", "--passage-length", "24"]) == 0
-  (line,) = (line for line in capsys.readouterr().out.splitlines() if "epsilon" in line)
+  (line,) = (line for line in capsys.readouterr().out.splitlines() if " epsilon " in line)
   assert line.endswith("epsilon 1e-12")
   agree(search.Model.load(tmp_path / "other"), WORDS, BASE, weights(BASE) | reduced(BASE), epsilon=1e-12)
 
