@@ -255,14 +255,13 @@ def apart(module: Any) -> Any:
   A compiled program cuts a stack into layers in each call, which on a CPU copies all parameters. Elsewhere, where that
   takes no time beside the rest, the module is given back as it is.
   """
-  if jax.default_backend() != "cpu":
+  encoders = lambda: [e for name in ("encoder", "query_encoder") if (e := getattr(module, name, None)) is not None]
+  if jax.default_backend() != "cpu" or all(isinstance(encoder.layers, nnx.List) for encoder in encoders()):
     return module
-  module = jax.tree.map(lambda x: x, module)
-  for name in ("encoder", "query_encoder"):
-    encoder = getattr(module, name, None)
-    if encoder is not None and not isinstance(encoder.layers, nnx.List):
-      stack = jax.tree.map(np.asarray, encoder.layers)
-      encoder.layers = nnx.List([jax.tree.map(lambda x: x[i], stack) for i in range(encoder.architecture.layers)])
+  module = jax.tree.map(lambda x: x, module)  # a copy
+  for encoder in encoders():
+    stack = jax.tree.map(np.asarray, encoder.layers)
+    encoder.layers = nnx.List([jax.tree.map(lambda x: x[i], stack) for i in range(encoder.architecture.layers)])
   return module
 
 

@@ -175,12 +175,16 @@ def shard(tree: Any, mesh: Mesh) -> Any:
 def whole(tree: Any, mesh: Mesh) -> Any:
   """The tree's arrays, complete on every device: how parameters are held. Every host passes the same values."""
 
+  everywhere = lambda x: NamedSharding(mesh, P(*[None] * x.ndim))  # as jit writes it: P() alone would be compiled anew
+  there = lambda x: isinstance(x, jax.Array) and x.sharding == everywhere(x)
+  if all(map(there, jax.tree.leaves(tree))):
+    return tree  # to build a module anew takes longer than to encode a query
+
   def place(x):
-    everywhere = NamedSharding(mesh, P(*[None] * x.ndim))  # as jit writes it: P() alone would be compiled anew
-    if isinstance(x, jax.Array) and x.sharding == everywhere:
+    if there(x):
       return x
     own = np.asarray(x)  # not `device_put`: with several hosts it would send all values around, to compare them
-    return jax.make_array_from_callback(own.shape, everywhere, lambda index: own[index])
+    return jax.make_array_from_callback(own.shape, everywhere(own), lambda index: own[index])
 
   return jax.tree.map(place, tree)
 

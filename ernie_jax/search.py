@@ -54,8 +54,8 @@ class Model:
 
   @functools.cached_property
   def ready(self) -> checkpoints.Params:
-    """The parameters as encoding takes them."""
-    return {name: apart(module) for name, module in self.params.items()}
+    """The parameters as encoding takes them, on the devices."""
+    return {name: mesh.whole(apart(module), mesh.make()) for name, module in self.params.items()}
 
   @property
   def crosses(self) -> bool:
