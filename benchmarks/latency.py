@@ -60,7 +60,7 @@ def main() -> None:
     own = {"input_ids": rows.tokens, "attention_mask": rows.segments > 0, "token_type_ids": rows.types}
     return {name: x.astype(np.int64) for name, x in own.items()}
 
-  made = graph.dual(student, model.settings, query=True).SerializeToString()
+  made = graph.dual(model.params["student"], model.settings, query=True).SerializeToString()
 
   def in_runtime(threads: int) -> Callable[[dict[str, np.ndarray]], np.ndarray]:
     options = onnxruntime.SessionOptions()

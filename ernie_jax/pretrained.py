@@ -74,6 +74,16 @@ class Checkpoint:
         f"{field}: its vocabulary is not the student's, and both read the same tokens; choose one of the same family"
       )
 
+  def against(self, model: config.Model) -> list[str]:
+    """Where a run uses the student otherwise than it was made."""
+    known = {name: x for name, x in self.model.items() if name in ("pooling", "cosine")}
+    known |= {"tied": False} if self.query_encoder else {}
+    return [
+      f"was made with model.{name}={x}, this run has {own}"
+      for name, x in known.items()
+      if (own := getattr(model, name)) != x
+    ]
+
   def with_layers(self, layers: Sequence[int], field: str) -> Checkpoint:
     """Only these layers, counted from 0; none named: all of them. `field` is the setting that names them."""
     if not layers:

@@ -281,8 +281,10 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     teacher = start("model.teacher_start", settings.model.teacher_start, cache, teacher=True)
   else:
     teacher = student and start("model.start", settings.model.start, cache, teacher=True)
-  for note in dict.fromkeys(f"{c.source}: {note}" for c in (student, teacher) if c is not None for note in c.notes):
-    say(f"  {note}")
+  said = [f"{c.source}: {note}" for c in (student, teacher) if c for note in c.notes]
+  said += [f"{student.source}: {note}" for note in student.against(settings.model)] if student else []
+  for line in dict.fromkeys(said):
+    say(f"  {line}")
   student = student and student.with_layers(settings.model.start_layers, "model.start_layers")
   passages = data.corpus.passages
   if student is not None:

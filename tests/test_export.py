@@ -241,7 +241,7 @@ def test_training_starts_from_a_run_and_from_some_of_its_layers(tmp_path, capsys
     queries = [{"id": f"{split}{i}", "text": f"{split} {i}", "positives": [f"p{i}"]} for i in range(3)]
     (tmp_path / "in" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
   data = dataclasses.replace(DATA, name="jsonl", folder=str(tmp_path / "in"), cache=str(tmp_path / "cache"))
-  model = config.Model(start=str(run), start_layers=(0, 2), late_width=4, scan=False)
+  model = config.Model(start=str(run), start_layers=(0, 2), late_width=4, scan=False, pooling="mean")
   settings = config.Config(data=data, model=model)
   with jax.set_mesh(mesh.make()):
     params = recipe.prepare(tmp_path / "new", settings).params
@@ -250,7 +250,9 @@ def test_training_starts_from_a_run_and_from_some_of_its_layers(tmp_path, capsys
     expected = x[[0, 2]] if name.startswith("layers.") else x
     np.testing.assert_array_equal(arrays(params["student"].encoder)[name], expected)
   same(arrays(params["teacher"]), before["teacher"])
-  assert "random at the start, for no checkpoint brings it: student.projection\n" in capsys.readouterr().err
+  said = capsys.readouterr().err
+  assert "random at the start, for no checkpoint brings it: student.projection\n" in said
+  assert "was made with model.pooling=cls, this run has mean\n" in said
   with jax.set_mesh(mesh.make()), pytest.raises(config.UserError, match=r"model.start_layers=\(0, 3\).*layers 0 to 2"):
     recipe.prepare(
       tmp_path / "other", dataclasses.replace(settings, model=dataclasses.replace(model, start_layers=(0, 3)))
