@@ -201,6 +201,8 @@ def test_auto_model_gives_our_hidden_states(tmp_path, settings):
 
 @pytest.mark.parametrize("to", ["sentence-transformers", "pylate", "cross-encoder", "hf", "onnx"])
 def test_the_card_s_three_lines_run(tmp_path, monkeypatch, capsys, to):
+  if to == "pylate":
+    pytest.importorskip("pylate")
   export(made(tmp_path / "run", pooling="mean", cosine=True), to, tmp_path / "out")
   monkeypatch.chdir(tmp_path)
   code = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.DOTALL)[1]
