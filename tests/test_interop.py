@@ -209,4 +209,4 @@ def test_the_card_s_three_lines_run(tmp_path, monkeypatch, capsys, to):
   (tmp_path / "card.py").write_text(code)
   runpy.run_path(str(tmp_path / "card.py"))
   assert re.search(r"\d\.\d", capsys.readouterr().out)
-  assert len(code.strip().splitlines()) <= 4
+  assert len(code.strip().splitlines()) == 3
