@@ -212,7 +212,7 @@ def load_model(directory: Path) -> tuple[Params, config.Model, dict[str, Any]]:
     raw = (directory / "model.safetensors").read_bytes()
     student, teacher = (architecture(description[name]) for name in ("student", "teacher"))
     fields = description["model"]
-    scratch = {name: fields[name] and architecture(fields[name]) for name in ("scratch", "teacher_scratch")}
+    scratch = {name: architecture(own) for name in ("scratch", "teacher_scratch") if (own := fields.get(name))}
     layers = tuple(fields.get("start_layers", ()))
     model = config.Model(**(fields | scratch | {"start_layers": layers}))
   except FileNotFoundError as error:

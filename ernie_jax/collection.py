@@ -159,6 +159,8 @@ def fingerprint(student: Student, model: config.Model, template: Template) -> st
   """16 hex digits of all that decides a text's vector: weights, settings, tokenizer and template."""
   settings = {name: getattr(model, name) for name in ("pooling", "cosine", "late_width", "tied", "dtype")}
   texts = {name: getattr(template.data, name) for name in ("query_length", "passage_length", "template", "markers")}
+  epsilon = student.encoder.architecture.epsilon
+  settings |= {"epsilon": epsilon} if epsilon != config.Architecture.epsilon else {}
   said = json.dumps([settings, texts, template.data.augment, tokens.digest(template.tokenizer)])
   digest = hashlib.sha256(said.encode())
   for name, x in sorted(named(student).items()):

@@ -1,6 +1,7 @@
 """A trained model for the tools that people use: sentence-transformers, PyLate, CrossEncoder, transformers, ONNX.
 
-Each layout is one of that tool's own, with a model card; `pretrained.load` reads the first four back, bit for bit.
+Each layout is one of that tool's own, with a model card; `pretrained.load` reads the first four back, bit for bit (an
+`hf` with two encoders folder by folder).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ernie_jax import checkpoints, config, graph, names
 from ernie_jax.config import UserError
 from ernie_jax.encoder import Encoder
 from ernie_jax.names import Arrays
-from ernie_jax.pretrained import read_json
+from ernie_jax.pretrained import DATA, read_json
 from ernie_jax.search import Model
 from ernie_jax.tokens import MARKERS
 
@@ -43,6 +44,7 @@ def export(run: Path, to: Layout, output: Path) -> None:
   Raises:
     UserError: `output` holds something, or the layout cannot express the model.
   """
+  output = output.resolve()
   config.must_be_new(output)
   model = Model.load(run)
   layouts: dict[Layout, Callable[[Model, Path], Card]] = {
@@ -56,7 +58,8 @@ def export(run: Path, to: Layout, output: Path) -> None:
   try:
     folder.mkdir(parents=True)
     card = layouts[to](model, folder)
-    config.write(folder / "README.md", _card(model, run, card).replace("PLACE", output.name))
+    home = run.parent if (run / "model.json").is_file() else run  # of a run's folder model/
+    config.write(folder / "README.md", _card(model, home, card).replace("PLACE", output.name))
     if output.exists():
       output.rmdir()
     folder.rename(output)
@@ -72,6 +75,8 @@ def export(run: Path, to: Layout, output: Path) -> None:
 def sentence_transformers(model: Model, folder: Path) -> Card:
   """The dual-encoder: Transformer, Pooling, Dense where vectors are reduced, Normalize where they have unit length."""
   student, d, cosine = model.params["student"], model.template.data, model.settings.cosine
+  if d.markers and d.template == "rocketqa":
+    raise UserError("--to sentence-transformers: its prompts cannot stand before a title and a text; export it to onnx")
   prompts = dict(zip(("query", "document"), (f"{token} " for token in MARKERS))) if d.markers else {}
   similarity = "cosine" if cosine else "dot"
   about = {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": similarity}
@@ -143,11 +148,12 @@ def pylate(model: Model, folder: Path) -> Card:
     "attend_to_expansion_tokens": False,
     "skiplist_words": [],  # punctuation counts
   })  # fmt: skip
+  passage = '"a title: a text"' if d.template == "bert" else '("a title", "a text")'
   return Card(
     "late", "PyLate", "sentence-similarity",
-    """from pylate import models
+    f"""from pylate import models
 model = models.ColBERT("PLACE")
-print((model.encode(["a query"])[0] @ model.encode(["a passage"], is_query=False)[0].T).max(1).sum())""",
+print((model.encode(["a query"])[0] @ model.encode([{passage}], is_query=False)[0].T).max(1).sum())""",
   )  # fmt: skip
 
 
@@ -238,8 +244,11 @@ def _transformer(
   """Configuration, weights and tokenizer as transformers reads them: `BertModel`, or `ErnieModel` with its tasks."""
   from safetensors.numpy import save
 
-  a = encoder.architecture
+  a, data = encoder.architecture, model.template.data
   kind = "ernie" if a.tasks else "bert"
+  # What no field of theirs says, for a later import.
+  settings = {name: getattr(data, name) for name in DATA}
+  settings |= {name: getattr(model.settings, name) for name in ("pooling", "cosine")}
   arrays = names.released({name: np.asarray(x) for name, x in checkpoints.named(encoder).items()})
   arrays = {f"{kind}.{name}": x for name, x in arrays.items()} if heads else arrays
   pooler = {f"{kind}.{name}" if name.startswith("pooler") else name: x for name, x in (heads or {}).items()}
@@ -261,6 +270,7 @@ def _transformer(
     "attention_probs_dropout_prob": a.attention_dropout,
     "pad_token_id": model.template.tokenizer.pad,
     "torch_dtype": "float32",
+    "ernie_jax": settings,
     **(more or {}),
   })  # fmt: skip
   _tokenizer(folder, model, length)
@@ -275,15 +285,19 @@ def _tokenizer(folder: Path, model: Model, length: int) -> None:
   backend.post_processor = TemplateProcessing(
     single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", t.cls), ("[SEP]", t.sep)]
   )
-  if model.template.data.markers:
-    backend.add_special_tokens(list(MARKERS))
-  config.write(folder / "tokenizer.json", backend.to_str(pretty=True))
+  written = json.loads(backend.to_str())
+  if model.template.data.markers:  # to be found in a text, where special tokens are not
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    added = [own for own in written["added_tokens"] if own["content"] not in MARKERS]
+    added += [{"id": number, "content": token, **plain} for token, number in zip(MARKERS, t.markers())]
+    written["added_tokens"] = sorted(added, key=lambda own: own["id"])
+  config.write(folder / "tokenizer.json", json.dumps(written, indent=2, ensure_ascii=False))
   _json(folder / "tokenizer_config.json", {
     "tokenizer_class": "PreTrainedTokenizerFast",  # as the file says: BERT's class would lower-case again
     "model_max_length": length,
     "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
     "pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]",
-    "split_special_tokens": not model.template.data.markers,  # a text that says "[SEP]" is a text
+    "split_special_tokens": True,  # a text that says "[SEP]" is a text
   })  # fmt: skip
 
 
@@ -329,11 +343,14 @@ def _card(model: Model, run: Path, card: Card) -> str:
   kind = {"dual": "dual-encoder", "late": "late-interaction model", "cross": "cross-encoder"}[card.system]
   d, settings = model.template.data, model.settings
   vector = "the first token's" if settings.pooling == "cls" else "the mean of all tokens'"
+  vector += f", mapped to {settings.dual_width} dimensions" if settings.dual_width else ""
   similarity = "cosine" if settings.cosine else "dot product"
-  about = f"A text's vector is {vector}; vectors are compared by {similarity}." if card.system == "dual" else ""
-  weights = (
-    f"`{settings.start or 'random'}`" if settings.start or "source" not in model.about else model.about["source"]
-  )
+  about = f" A text's vector is {vector}; vectors are compared by {similarity}." if card.system == "dual" else ""
+  apart = "title text" if card.system == "cross" else "title [SEP] text, the text of type 1"
+  imported = model.about.get("source")
+  made = [] if imported else [f"- data: {d.name}, fingerprint `{model.about.get('fingerprint', 'not known')}`"]
+  made += [f"- weights: `{own}`" for own in imported or [settings.start or "random"]]
+  lines = "\n".join(made)
   return f"""---
 library_name: {card.library}
 pipeline_tag: {card.task}
@@ -350,7 +367,7 @@ that teaches a dual-encoder.
 ```
 
 Queries were cut at {d.query_length} tokens, passages at {d.passage_length}; a passage is
-{"`title: text`" if d.template == "bert" else "title [SEP] text"}. {about}{card.note}
+{"`title: text`" if d.template == "bert" else apart}.{about}{card.note}
 
 ## Measured
 
@@ -358,8 +375,7 @@ Queries were cut at {d.query_length} tokens, passages at {d.passage_length}; a p
 
 ## Made from
 
-- data: {d.name}, fingerprint `{model.about.get("fingerprint", "not known")}`
-- weights: {weights}
+{lines}
 
 <details><summary>Configuration</summary>
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from ernie_jax import config
 from ernie_jax.config import UserError, first_line
@@ -24,6 +26,15 @@ MINILM_SHA256 = {
 }
 ABOUT = ["*.json", "vocab.txt", "artifact.metadata"]
 PICKLED = ["pytorch_model*.bin", "*.pdparams"]
+# What the model's page says of its vectors, and the package leaves out.
+MINILM_SETTINGS: dict[str, Any] = {
+  "modules.json": [
+    {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+    for i, (kind, path) in enumerate((("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")))
+  ],
+  "1_Pooling/config.json": {"word_embedding_dimension": 384, "pooling_mode_mean_tokens": True},
+  "sentence_bert_config.json": {"max_seq_length": 256, "do_lower_case": False},
+}
 
 
 class Unreachable(UserError):
@@ -46,7 +57,7 @@ def locate(start: str, cache: Path, field: str = "model.start") -> tuple[Path, s
 
   try:
     folder = snapshot_download(
-      start, cache_dir=cache / "hub", allow_patterns=[*ABOUT, "*.safetensors"], etag_timeout=10
+      start, cache_dir=cache / "hub", allow_patterns=[*ABOUT, "*.safetensors", "*_Dense/*.bin"], etag_timeout=10
     )
     if not any(Path(folder).glob("*.safetensors")):  # what needs unpickling is the second choice
       folder = snapshot_download(start, cache_dir=cache / "hub", allow_patterns=[*ABOUT, *PICKLED], etag_timeout=10)
@@ -78,4 +89,8 @@ def _verified(folder: Path) -> Path:
   for name, digest in MINILM_SHA256.items():
     if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
       raise UserError(f"{folder / name}: SHA-256 differs from the published file; delete the folder and run again")
+  for name, content in MINILM_SETTINGS.items():
+    if not (folder / name).is_file():
+      (folder / name).parent.mkdir(exist_ok=True)
+      config.write(folder / name, json.dumps(content))
   return folder

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # Fields of `config.Model` and `config.Data` that go with the weights.
 MODEL = ("pooling", "cosine", "dual_width", "late_width", "tied", "teacher_pooler")
 DATA = ("query_length", "passage_length", "template", "markers", "augment")
+PUNCTUATION = "it leaves punctuation out of passages, which counts here: expect other scores"
+ATTENDED = "its tokens read the [MASK]s that fill queries up, which they do not here: expect other scores"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +51,13 @@ class Checkpoint:
     default_factory=dict
   )  # of `config.Data`, on the texts that it was trained on
   notes: tuple[str, ...] = ()  # what had to be assumed
+  pair: bool = False  # its folder holds a student, and a cross-encoder with an encoder of its own
 
   def digest(self) -> str:
     """16 hex digits of all its arrays."""
     digest = hashlib.sha256()
+    if self.architecture.epsilon != config.Architecture.epsilon:
+      digest.update(repr(self.architecture.epsilon).encode())
     for part in (self.encoder, self.pooler, self.head, self.projection, self.reduction, self.query_encoder):
       for name, x in sorted(part.items()):
         digest.update(name.encode() + np.ascontiguousarray(x).tobytes())
@@ -74,15 +79,18 @@ class Checkpoint:
         f"{field}: its vocabulary is not the student's, and both read the same tokens; choose one of the same family"
       )
 
-  def against(self, model: config.Model) -> list[str]:
+  def against(self, model: config.Model, data: config.Data) -> list[str]:
     """Where a run uses the student otherwise than it was made."""
-    known = {name: x for name, x in self.model.items() if name in ("pooling", "cosine")}
-    known |= {"tied": False} if self.query_encoder else {}
-    return [
-      f"was made with model.{name}={x}, this run has {own}"
-      for name, x in known.items()
-      if (own := getattr(model, name)) != x
-    ]
+    known = {
+      f"model.{name}": (x, getattr(model, name)) for name, x in self.model.items() if name in ("pooling", "cosine")
+    }
+    known |= {f"data.{name}": (x, getattr(data, name)) for name, x in self.data.items() if not name.endswith("length")}
+    widths = {"model.dual_width": self.reduction, "model.late_width": self.projection}
+    for field, brought in widths.items():
+      if brought:
+        known[field] = (brought["kernel"].shape[1], getattr(model, field.partition(".")[2]))
+    known |= {"model.tied": (False, model.tied)} if self.query_encoder else {}
+    return [f"was made with {field}={x}, this run has {own}" for field, (x, own) in known.items() if own != x]
 
   def with_layers(self, layers: Sequence[int], field: str) -> Checkpoint:
     """Only these layers, counted from 0; none named: all of them. `field` is the setting that names them."""
@@ -100,7 +108,7 @@ class Checkpoint:
 def load(directory: Path, source: str, *, teacher: bool = False) -> Checkpoint:
   """Reads a checkpoint of any of these layouts; missing, unknown and mis-shaped tensors are named in one error.
 
-  `teacher` asks for the cross-encoder of a checkpoint that holds a student too.
+  `teacher` asks for the cross-encoder of a checkpoint that holds a student too; one that holds none gives its encoder.
   """
   for place in (directory / "model", directory):
     if (place / "model.json").is_file():
@@ -158,24 +166,30 @@ def _own(place: Path, source: str, teacher: bool) -> Checkpoint:
     source,
     **parts,
     model={name: getattr(model, name) for name in MODEL},
-    data={name: about["data"][name] for name in DATA},
+    data={name: about["data"].get(name, getattr(config.Data, name)) for name in DATA},
+    pair="teacher.head" not in about.get("random", ()),
   )
 
 
 def _modules(directory: Path, source: str) -> Checkpoint:
   """sentence-transformers' layout (a dual-encoder), and PyLate's (late interaction)."""
   path = directory / "modules.json"
+  kind = lambda name: name.rpartition(".")[2]
   try:
-    modules = [(own["type"].rpartition(".")[2], directory / own["path"]) for own in read_json(path)]
-    (kind, place), *after = modules
-    if kind != "Router":
-      return _tower(modules, directory, source)
-    routes = read_json(place / "router_config.json")
-    parts = lambda route: [(routes["types"][n].rpartition(".")[2], place / n) for n in routes["structure"][route]]
-    query, passage = (_tower([*parts(route), *after], directory, source) for route in ("query", "document"))
-  except (KeyError, TypeError, ValueError, AttributeError) as error:
+    modules = [(kind(own["type"]), _inside(directory, own["path"])) for own in read_json(path)]
+    router = modules[0][1] / "router_config.json"
+    towers = {}
+    if modules[0][0] == "Router":
+      routes = read_json(router)
+      for route in ("query", "document"):
+        own = [(kind(routes["types"][name]), _inside(modules[0][1], name)) for name in routes["structure"][route]]
+        towers[route] = own + modules[1:]
+  except (KeyError, TypeError, IndexError, AttributeError) as error:
     raise UserError(f"{path}: not what sentence-transformers writes ({first_line(error)})") from error
-  data = passage.data | {"query_length": query.data.get("passage_length", config.Data.query_length)}
+  if not towers:
+    return _tower(modules, directory, source)
+  query, passage = (_tower(towers[route], directory, source) for route in ("query", "document"))
+  data = {"query_length": query.data.get("passage_length", config.Data.query_length)} | passage.data
   model = passage.model | {"tied": False}
   same = query.architecture == passage.architecture and query.model == passage.model
   if not same or any((query.reduction[name] != x).any() for name, x in passage.reduction.items()):
@@ -185,6 +199,13 @@ def _modules(directory: Path, source: str) -> Checkpoint:
   return dataclasses.replace(passage, query_encoder=query.encoder, model=model, data=data)
 
 
+def _inside(folder: Path, name: str) -> Path:
+  """A path that a checkpoint's file names, which must not lead out of its folder."""
+  if Path(name).is_absolute() or ".." in Path(name).parts:
+    raise UserError(f"{folder}: names a file outside of it, {name[:80]!r}; get it from another place")
+  return folder / name
+
+
 def _tower(modules: Sequence[tuple[str, Path]], directory: Path, source: str) -> Checkpoint:
   """One encoder of that layout, with what makes vectors of its hidden states."""
   (kind, place), *rest = modules
@@ -192,7 +213,7 @@ def _tower(modules: Sequence[tuple[str, Path]], directory: Path, source: str) ->
     raise UserError(f"{directory / 'modules.json'}: begins with {kind}; a Transformer is needed")
   found = _plain(place / "config.json", source, False)
   late = not any(kind == "Pooling" for kind, _ in rest)
-  model, data, notes = found.model | {"pooling": "cls", "cosine": False}, dict(found.data), list(found.notes)
+  model, data, notes = found.model | {"pooling": "cls", "cosine": False}, {}, list(found.notes)
   dense: Arrays = {}
   settings = directory / "config_sentence_transformers.json"
   about = read_json(settings) if settings.is_file() else {}
@@ -224,16 +245,18 @@ def _tower(modules: Sequence[tuple[str, Path]], directory: Path, source: str) ->
   if any(prefixes) and not data["markers"]:
     notes.append(f"its texts begin with {' and '.join(map(repr, prefixes))}, left out here: expect other scores")
   if late:
-    if about.get("skiplist_words", True):
-      notes.append("it leaves punctuation out of passages, which counts here: expect other scores")
+    notes += [PUNCTUATION] * bool(about.get("skiplist_words", True))
+    notes += [ATTENDED] * bool(data["augment"] and about.get("attend_to_expansion_tokens"))
     if "bias" in dense:
       raise UserError(f"{directory}: the projection of its token vectors has a bias, which is not supported")
     kernel = dense.get("kernel")
     if kernel is not None and kernel.shape[0] == kernel.shape[1] and (kernel == np.eye(len(kernel))).all():
       dense = {}  # PyLate always wants one
+  elif dense:
+    dense.setdefault("bias", np.zeros(dense["kernel"].shape[1], np.float32))
   width = dense["kernel"].shape[1] if dense else None
   model |= {"late_width" if late else "dual_width": width}
-  found = dataclasses.replace(found, model=model, data=data, notes=tuple(notes))
+  found = dataclasses.replace(found, model=model, data=data | found.data, notes=tuple(notes))
   return dataclasses.replace(found, projection=dense) if late else dataclasses.replace(found, reduction=dense)
 
 
@@ -272,7 +295,7 @@ def _rocketqa(about: Path, source: str, teacher: bool) -> Checkpoint:
   settings = _settings(about)
   try:
     place, shape, vocabulary = (
-      about.parent / settings[f"model_{name}_path"] for name in ("checkpoint", "conf", "vocab")
+      _inside(about.parent, settings[f"model_{name}_path"]) for name in ("checkpoint", "conf", "vocab")
     )
     files = sorted(path.name for path in place.iterdir())
   except KeyError as error:
@@ -283,15 +306,11 @@ def _rocketqa(about: Path, source: str, teacher: bool) -> Checkpoint:
     raise UserError(f"{error.filename}: cannot be read ({error.strerror}); download the checkpoint again") from error
   # The joint model of RocketQAv2 holds all three; cross-encoders have no prefix, or that of the joint model.
   prefixes = [p for p in ("query_", "titlepara_", "qtp_") if f"{p}word_embedding" in files]
-  if teacher:
-    main, query = ("qtp_" if "qtp_" in prefixes else ""), None
-  else:
-    main = "titlepara_" if "titlepara_" in prefixes else ""
-    untied = {"query_", "titlepara_"} <= set(prefixes) and not settings.get("share_parameter")
-    query = "query_" if untied else None
+  main = "qtp_" if teacher and "qtp_" in prefixes else "titlepara_" if "titlepara_" in prefixes else ""
+  untied = not teacher and {"query_", "titlepara_"} <= set(prefixes) and not settings.get("share_parameter")
+  query = "query_" if untied else None
   if f"{main}word_embedding" not in files:
-    kind = "cross-encoder" if teacher else "dual-encoder"
-    raise UserError(f"{place}: holds no {kind}: {main}word_embedding is missing; name the folder of one")
+    raise UserError(f"{place}: holds no encoder: {main}word_embedding is missing; name the folder of one")
 
   def tower(prefix: str | None) -> Arrays:
     if prefix is None:
@@ -314,7 +333,8 @@ def _rocketqa(about: Path, source: str, teacher: bool) -> Checkpoint:
   notes = found.notes
   if settings.get("for_cn"):
     notes += ("RocketQA takes the spaces out of its texts (for_cn), which stay here: other scores for Latin words",)
-  return dataclasses.replace(found, data=found.data | data, notes=notes)
+  pair = {"titlepara_", "qtp_"} <= set(prefixes)
+  return dataclasses.replace(found, data=found.data | data, notes=notes, pair=pair)
 
 
 def _plain(about: Path, source: str, teacher: bool) -> Checkpoint:
@@ -348,9 +368,21 @@ def _plain(about: Path, source: str, teacher: bool) -> Checkpoint:
   old = ((r"^(bert|ernie)\.", ""), (r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
   theirs = {renamed(name, old): x for name, x in raw.items()}
   found = _checkpoint(theirs, {}, about, path, directory, source, teacher)
-  if settings.get("architectures") == ["HF_ColBERT"]:
-    found = dataclasses.replace(found, data={"markers": True, "augment": True})
-  return found
+  model, data = exported(settings)
+  found = dataclasses.replace(found, model=found.model | model, data=data)
+  return _colbert(found, directory) if settings.get("architectures") == ["HF_ColBERT"] else found
+
+
+def _colbert(found: Checkpoint, directory: Path) -> Checkpoint:
+  """ColBERT's own settings, which lie beside its weights."""
+  path = directory / "artifact.metadata"
+  about = _settings(path) if path.is_file() else {}
+  lengths = {"query_length": "query_maxlen", "passage_length": "doc_maxlen"}
+  data = {ours: about[theirs] for ours, theirs in lengths.items() if isinstance(about.get(theirs), int)}
+  notes = [PUNCTUATION] * bool(about.get("mask_punctuation", True)) + [ATTENDED] * bool(
+    about.get("attend_to_mask_tokens")
+  )
+  return dataclasses.replace(found, data=data | {"markers": True, "augment": True}, notes=(*found.notes, *notes))
 
 
 def _tensors(directory: Path) -> tuple[Path, Arrays]:
@@ -359,7 +391,8 @@ def _tensors(directory: Path) -> tuple[Path, Arrays]:
     if (path := directory / name).is_file():
       return path, read(path)
     if (path := directory / f"{name}.index.json").is_file():
-      shards = read_json(path).get("weight_map", {}).values()
+      weights = _settings(path).get("weight_map")
+      shards = list(weights.values()) if isinstance(weights, dict) else []
       if not shards or any(not isinstance(own, str) or Path(own).name != own for own in shards):
         raise UserError(f"{path}: names no files beside it; download the checkpoint again")
       return path, {key: x for own in sorted(set(shards)) for key, x in read(directory / own).items()}
@@ -397,7 +430,7 @@ def _checkpoint(
 ) -> Checkpoint:
   """From arrays under Hugging Face's names (`query`: of a second encoder), which `path` holds, and a configuration."""
   notes = []
-  parts = {ours: _linear(theirs, name) for ours, name in HEADS.items()}
+  parts: Any = {ours: _linear(theirs, name) for ours, name in HEADS.items()}
   paddle = path.suffix == ".pdparams" or path.is_dir()
   classes = parts["head"]["kernel"].shape[-1:] if "kernel" in parts["head"] else ()
   if paddle and teacher and classes == (2,):
@@ -406,6 +439,8 @@ def _checkpoint(
     notes.append("its two classes are one logit here, their difference: the same ranking")
   elif classes != (1,):
     parts["head"] = {}  # classes of another task
+  if (kernel := parts["reduction"].get("kernel")) is not None and "bias" not in parts["reduction"]:
+    parts["reduction"]["bias"] = np.zeros(kernel.shape[-1:], np.float32)
   known = _retrieval(source, path, parts) if paddle else ""
   if teacher and parts["pooler"] and re.search("rocketqa.?v2", _called(source, path)):
     parts["pooler"] = {}
@@ -422,7 +457,9 @@ def _checkpoint(
       continue  # not there, or of another task
     outputs = a.width if ours == "pooler" else 1 if weight is None else len(np.atleast_1d(weight))
     wrong += _misfit(f"{name}.weight", weight, (outputs, a.width))
-    if bias is not None or ours in ("pooler", "head"):
+    if bias is not None and ours == "projection":
+      wrong.append(f"{name}.bias (a projection has none)")
+    elif bias is not None or ours in ("pooler", "head"):
       wrong += _misfit(f"{name}.bias", bias, (outputs,))
   if wrong:
     some = "; ".join(wrong[:5]) + ("; ..." if len(wrong) > 5 else "")
@@ -439,6 +476,15 @@ def _checkpoint(
     a, encoder, tokenizer, source, **parts, query_encoder=query_encoder, model=model,
     data={"template": "rocketqa"} if known else {}, notes=tuple(notes),
   )  # fmt: skip
+
+
+def exported(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Fields of `config.Model` and of `config.Data` that `export` wrote into a configuration, under a key of our own."""
+  own = settings.get("ernie_jax")
+  own = own if isinstance(own, dict) else {}
+  fits = lambda kind, name: name in own and isinstance(own[name], type(getattr(kind, name)))
+  model = {name: own[name] for name in ("pooling", "cosine") if fits(config.Model, name)}
+  return model, {name: own[name] for name in DATA if fits(config.Data, name)}
 
 
 def _architecture(about: Path, tasks: int, epsilon: float | None) -> config.Architecture:

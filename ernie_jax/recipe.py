@@ -198,7 +198,12 @@ def claim(directory: Path, settings: Config, fresh: bool) -> None:
   if fresh or not ours:
     config.write(folder(directory) / "config.json", json.dumps(wanted, indent=2))
   elif found is not None and found != wanted:
-    old, new = flat(found), flat(wanted)
+    new = flat(wanted)
+    # Fields that are younger than the run have their defaults.
+    usual = flat(json.loads(json.dumps(dataclasses.asdict(Config()))))
+    old = {name: usual[name] for name in new.keys() & usual.keys()} | flat(found)
+    if old == new:
+      return
     field = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
     raise UserError(
       f"--output {directory}: holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
@@ -277,12 +282,13 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     )
   own_teacher = bool(settings.model.teacher_start)
   student = start("model.start", settings.model.start, cache)
+  teacher = student
   if own_teacher:
     teacher = start("model.teacher_start", settings.model.teacher_start, cache, teacher=True)
-  else:
-    teacher = student and start("model.start", settings.model.start, cache, teacher=True)
+  elif student and student.pair:
+    teacher = start("model.start", settings.model.start, cache, teacher=True)
   said = [f"{c.source}: {note}" for c in (student, teacher) if c for note in c.notes]
-  said += [f"{student.source}: {note}" for note in student.against(settings.model)] if student else []
+  said += [f"{student.source}: {note}" for note in student.against(settings.model, settings.data)] if student else []
   for line in dict.fromkeys(said):
     say(f"  {line}")
   student = student and student.with_layers(settings.model.start_layers, "model.start_layers")

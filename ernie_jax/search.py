@@ -126,7 +126,12 @@ class Searcher:
         f"{directory}: no finished run here (model/model.json is missing) and no encoded corpus (collection.json); "
         "`ernie-jax run` and `ernie-jax encode` make them"
       )
-    place = directory / str(checkpoints.describe_model(directory / "model")["about"]["corpus"]) if run else directory
+    about = checkpoints.describe_model(directory / "model")["about"] if run else {}
+    if run and "corpus" not in about:
+      raise UserError(
+        f"{directory}: an imported model without a corpus; `ernie-jax encode {directory} NAME --from DIR`"
+      )
+    place = directory / str(about["corpus"]) if run else directory
     self.corpus: Collection = collection.load(place)
     if self.corpus.about["texts"] != "passages":
       raise UserError(f"{directory}: holds queries; search a folder of passages")

@@ -503,6 +503,8 @@ def mine(args: Sequence[str]) -> None:
   settings = config.Mine(chosen.first, chosen.last, chosen.sample, chosen.denoise, chosen.margin)
   searcher = Searcher(chosen.run)
   model = searcher.model
+  if settings.judged and not model.crosses:
+    raise UserError(f"{chosen.run}: its model has no cross-encoder to judge with; add --margin None")
   data = datasets.load(searcher.data)
   if data.fingerprint != (known := searcher.corpus.about["corpus"]):
     raise UserError(f"{chosen.run}: was made with data set {known}, which is {data.fingerprint} now; run it again")
@@ -541,11 +543,17 @@ def bring(args: Sequence[str]) -> None:
 
   given = lambda *fields: {f: x for f in fields if (x := getattr(chosen, f)) is not None}
   student = load(chosen.source, "CHECKPOINT", teacher=False).with_layers(chosen.layers, "--layers")
-  cross = load(chosen.cross, "--cross", teacher=True) if chosen.cross else None
+  other = chosen.cross or (chosen.source if student.pair else "")
+  cross = load(other, "--cross", teacher=True) if other else None
   settings = student.model | given("pooling", "cosine")
   pooler = cross is not None and (cross.model["teacher_pooler"] if chosen.pooler is None else chosen.pooler)
   model = config.Model(share_encoder=cross is None, **settings | {"teacher_pooler": pooler})
-  data = Data(**student.data | given("query_length", "passage_length"))
+  lengths = student.data | given("query_length", "passage_length")
+  # sentence-transformers' length is often all positions, of which a pair needs some for the query.
+  most = student.architecture.positions - lengths.get("query_length", Data.query_length) + 1
+  if chosen.passage_length is None and lengths.get("passage_length", 0) > most >= 4:
+    lengths["passage_length"] = most
+  data = Data(**lengths)
   random = pretrained.adopt(student, cross, model, data, chosen.output)
   for own in (student, cross):
     if own is not None:

@@ -16,6 +16,7 @@ from test_retrieval import WORDS
 from ernie_jax import checkpoints, config, mesh, pretrained, recipe, step, templates, tokens
 from ernie_jax.__main__ import main
 from ernie_jax.export import export
+from ernie_jax.pretrained import Checkpoint
 from ernie_jax.search import Model
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -74,9 +75,8 @@ def test_a_dual_encoder_comes_back_bit_for_bit(tmp_path, settings):
   assert found.architecture == dataclasses.replace(student.encoder.architecture, special=())
   for field in ("pooling", "cosine", "dual_width", "tied"):
     assert found.model[field] == getattr(model, field), field
-  assert found.data["passage_length"] == DATA.passage_length
-  assert found.data.get("query_length", 9) == 9
-  assert found.data["markers"] == own.template.data.markers
+  for field in pretrained.DATA:
+    assert found.data[field] == getattr(own.template.data, field), field
   assert found.notes == ()
 
 
@@ -198,6 +198,7 @@ def test_the_card_says_what_was_measured_and_on_what(tmp_path):
 @pytest.mark.parametrize(
   ("to", "settings", "says"),
   [
+    ("sentence-transformers", {"data": dataclasses.replace(DATA, markers=True, template="rocketqa")}, "its prompts"),
     ("cross-encoder", {"teacher_pooler": False}, "model.teacher_pooler"),
     ("pylate", {"tied": False}, "one encoder"),
   ],
@@ -289,6 +290,10 @@ def changed(path: Path, **fields) -> None:
   [
     ("dual", lambda d: (d / "router_config.json").unlink(), "router_config.json: missing"),
     ("dual", lambda d: (d / "modules.json").write_text("[]"), "not what sentence-transformers writes"),
+    ("dual", lambda d: (d / "modules.json").write_text('[{"type": "a.B", "path": "../x"}]'), "outside of it, '../x'"),
+    ("colbert", lambda d: shard(d, []), "holds no settings"),
+    ("colbert", lambda d: shard(d, {"weight_map": ["a"]}), "names no files beside it"),
+    ("colbert", lambda d: shard(d, {"weight_map": {"a": "../b"}}), "names no files beside it"),
     ("dual", lambda d: (d / "modules.json").write_text('[{"type": "a.LSTM", "path": ""}]'), "begins with LSTM"),
     ("dual", lambda d: changed(d / "query_1_Pooling" / "config.json", pooling_mode="max"), "pooling max"),
     (
@@ -311,6 +316,11 @@ def test_what_cannot_be_read_is_one_line(exported, tmp_path, layout, spoil, says
   assert "\n" not in str(error.value)
 
 
+def shard(folder, index):
+  (folder / "model.safetensors").unlink()
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def widen(tensors):
   return {"linear.weight": np.ones((5, 17), np.float32)}
 
@@ -327,3 +337,85 @@ def test_prefixes_that_are_not_ours_are_noted(exported, tmp_path):
   first, second = pretrained.load(place, "").notes
   assert "'[Q] ' and '[D] '" in first
   assert "punctuation" in second
+
+
+def test_a_marker_is_found_in_a_text_and_special_tokens_are_not(tmp_path):
+  import transformers
+
+  run = made(tmp_path / "run", data=dataclasses.replace(DATA, markers=True))
+  export(run, "sentence-transformers", tmp_path / "out")
+  template = Model.load(run).template
+  text = "old [SEP] birds [unused1]"
+  found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")(f"[unused0] {text}")["input_ids"]
+  own = template.tokenizer.encode([text.replace(" [unused1]", "")])[0]
+  assert found[:-2] == template.queries([own], len(own) + 3).tokens[0].tolist()[:-1]
+  assert found[-2] == template.markers[1]  # a marker in a text is one there: training splits it
+
+
+def test_a_dense_layer_without_bias_has_one_of_zeros(tmp_path, capsys):
+  export(made(tmp_path / "run", dual_width=5), "sentence-transformers", tmp_path / "dual")
+  edit(tmp_path / "dual" / "2_Dense", lambda t: t.pop("linear.bias"))
+  assert main(["import", str(tmp_path / "dual"), "--output", str(tmp_path / "again")]) == 0
+  assert "student.reduction" not in capsys.readouterr().out
+  found = pretrained.load(tmp_path / "again", "").reduction
+  np.testing.assert_array_equal(found["kernel"], pretrained.load(tmp_path / "dual", "").reduction["kernel"])
+  assert not found["bias"].any()
+
+
+def test_a_length_of_all_positions_leaves_room_for_a_query(tmp_path):
+  export(made(tmp_path / "run"), "sentence-transformers", tmp_path / "dual")
+  settings = tmp_path / "dual" / "config.json"
+  settings.write_text(json.dumps({k: v for k, v in json.loads(settings.read_text()).items() if k != "ernie_jax"}))
+  changed(tmp_path / "dual" / "sentence_bert_config.json", max_seq_length=64)  # as many as positions
+  assert main(["import", str(tmp_path / "dual"), "--output", str(tmp_path / "again")]) == 0
+  data = Model.load(tmp_path / "again").template.data
+  assert (data.query_length, data.passage_length, data.pair_length) == (32, 33, 64)
+
+
+def test_an_imported_model_has_no_corpus_and_no_judge(tmp_path, capsys):
+  """One line each, and nothing of a random cross-encoder."""
+  export(made(tmp_path / "run"), "sentence-transformers", tmp_path / "dual")
+  assert main(["import", str(tmp_path / "dual"), "--output", str(tmp_path / "again")]) == 0
+  for verb in ("search", "evaluate", "mine", "serve"):
+    assert main([verb, str(tmp_path / "again"), *["x"] * (verb == "search")]) == 2
+    assert "an imported model without a corpus; `ernie-jax encode" in capsys.readouterr().err
+  (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"id": w, "text": w}) + "\n" for w in WORDS[:5]))
+  assert (
+    main(["encode", str(tmp_path / "again"), "jsonl", "--from", str(tmp_path), "--output", str(tmp_path / "e")]) == 0
+  )
+  capsys.readouterr()
+  assert main(["mine", str(tmp_path / "e"), "--output", str(tmp_path / "n.trec")]) == 2
+  assert "no cross-encoder to judge with; add --margin None" in capsys.readouterr().err
+  assert not (tmp_path / "n.trec").exists()
+
+
+def test_a_run_is_imported_with_its_cross_encoder(tmp_path):
+  run = made(tmp_path / "run")
+  assert main(["import", str(run), "--output", str(tmp_path / "again")]) == 0
+  before, after = Model.load(run).params, Model.load(tmp_path / "again").params
+  for name in ("student", "teacher"):
+    same(arrays(after[name]), before[name])
+
+
+def test_colbert_s_own_settings(tmp_path):
+  run = made(tmp_path / "run", data=dataclasses.replace(DATA, markers=True))
+  export(run, "hf", tmp_path / "colbert")
+  settings = json.loads((tmp_path / "colbert" / "config.json").read_text())
+  del settings["ernie_jax"]
+  (tmp_path / "colbert" / "config.json").write_text(json.dumps(settings | {"architectures": ["HF_ColBERT"]}))
+  kernel = np.ones((8, 16), np.float32)
+  edit(tmp_path / "colbert", lambda t: t.update({"linear.weight": kernel}))
+  about = {"query_maxlen": 11, "doc_maxlen": 22, "mask_punctuation": True, "attend_to_mask_tokens": False}
+  (tmp_path / "colbert" / "artifact.metadata").write_text(json.dumps(about))
+  found = pretrained.load(tmp_path / "colbert", "")
+  np.testing.assert_array_equal(found.projection["kernel"], kernel.T)
+  assert found.data == {"query_length": 11, "passage_length": 22, "markers": True, "augment": True}
+  assert found.notes == (pretrained.PUNCTUATION,)
+  edit(tmp_path / "colbert", lambda t: t.update({"linear.bias": np.ones(8, np.float32)}))
+  with pytest.raises(config.UserError, match="linear.bias \\(a projection has none\\)"):
+    pretrained.load(tmp_path / "colbert", "")
+
+
+def test_epsilon_decides_a_vector():
+  digest = lambda epsilon: Checkpoint(dataclasses.replace(SHAPE, epsilon=epsilon), {}, Path(), "").digest()
+  assert digest(1e-5) != digest(1e-12)

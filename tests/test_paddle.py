@@ -438,7 +438,7 @@ def test_a_configuration_that_is_none_is_one_line(change, says, tmp_path):
     ({"q_max_seq_len": "32"}, "config.json: q_max_seq_len='32' is no number"),
     ("titlepara_pos_embedding", "step_36000: 1 tensors do not fit ernie_config.json: embeddings.position_embeddings"),
     ("query_pre_encoder_layer_norm_scale", "query encoder's embeddings.LayerNorm.weight (missing)"),
-    ("titlepara_word_embedding", "holds no dual-encoder: word_embedding is missing"),
+    ("titlepara_word_embedding", "holds no encoder: word_embedding is missing"),
   ],
 )
 def test_a_rocketqa_folder_that_lacks_something_is_one_line(change, says, tmp_path):
@@ -455,10 +455,12 @@ def test_a_rocketqa_folder_that_lacks_something_is_one_line(change, says, tmp_pa
   assert "\n" not in str(error.value)
 
 
-def test_a_dual_encoders_folder_holds_no_cross_encoder(tmp_path):
+def test_a_cross_encoder_starts_from_a_dual_encoders_folder(tmp_path):
   folder = released.rocketqa(tmp_path / "de", released.static(weights(BASE), "titlepara_"), BASE, WORDS)
-  with pytest.raises(UserError, match="holds no cross-encoder: word_embedding is missing"):
-    read(folder, teacher=True)
+  student, teacher = (read(folder, teacher=teacher) for teacher in (False, True))
+  assert student.digest() == teacher.digest()
+  assert not student.pair
+  assert teacher.head == {}
 
 
 # ---- The command line ----------------------------------------------------------------------------------------------

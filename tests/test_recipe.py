@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ernie_jax import collection, columns, evaluate, recipe
+from ernie_jax import collection, columns, config, evaluate, recipe
 from ernie_jax.__main__ import main
 from ernie_jax.search import Searcher
 
@@ -342,3 +342,15 @@ def test_search_names_a_damaged_file(whole, name, capsys):
   message = capsys.readouterr().err
   assert path.parent.name in message
   assert message.count("\n") == 1
+
+
+def test_a_run_from_before_a_field_was_there_continues(tmp_path):
+  """What its configuration does not have is what it had: the default."""
+  recipe.claim(tmp_path / "run", config.Config(), fresh=False)
+  path = tmp_path / "run" / "config.json"
+  old = json.loads(path.read_text())
+  del old["model"]["start_layers"], old["model"]["dual_width"]
+  path.write_text(json.dumps(old))
+  recipe.claim(tmp_path / "run", config.Config(), fresh=False)
+  with pytest.raises(config.UserError, match="holds a run with model.dual_width=None, not 8"):
+    recipe.claim(tmp_path / "run", config.Config(model=config.Model(dual_width=8)), fresh=False)
