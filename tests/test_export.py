@@ -412,7 +412,7 @@ def test_colbert_s_own_settings(tmp_path):
   assert found.data == {"query_length": 11, "passage_length": 22, "markers": True, "augment": True}
   assert found.notes == (pretrained.PUNCTUATION,)
   edit(tmp_path / "colbert", lambda t: t.update({"linear.bias": np.ones(8, np.float32)}))
-  with pytest.raises(config.UserError, match="linear.bias \\(a projection has none\\)"):
+  with pytest.raises(config.UserError, match=r"linear\.bias \(a projection has none\)"):
     pretrained.load(tmp_path / "colbert", "")
 
 

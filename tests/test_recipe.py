@@ -352,5 +352,5 @@ def test_a_run_from_before_a_field_was_there_continues(tmp_path):
   del old["model"]["start_layers"], old["model"]["dual_width"]
   path.write_text(json.dumps(old))
   recipe.claim(tmp_path / "run", config.Config(), fresh=False)
-  with pytest.raises(config.UserError, match="holds a run with model.dual_width=None, not 8"):
+  with pytest.raises(config.UserError, match=r"holds a run with model\.dual_width=None, not 8"):
     recipe.claim(tmp_path / "run", config.Config(model=config.Model(dual_width=8)), fresh=False)
