@@ -1,6 +1,7 @@
 """Exported models: read back bit for bit; arrays and settings as the tools' own files have them."""
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -25,19 +26,26 @@ SHAPE = config.Architecture(width=16, layers=3, heads=2, inner=32, positions=64,
 DATA = config.Data(query_length=9, passage_length=20)
 
 
-def made(directory: Path, shape=SHAPE, data=DATA, metrics=None, **settings) -> Path:
+def made(directory: Path, shape=SHAPE, data=DATA, **settings) -> Path:
   """A run's folder with a model whose every parameter is random, norms and biases too."""
-  tokenizer = tokens.Tokenizer.train(WORDS, 120)
-  shape = dataclasses.replace(shape, vocabulary=len(tokenizer), special=tokenizer.special)
-  model = config.Model(scratch=shape, **{"late_width": 8, **settings})
-  params = step.init_params(model, shape, shape, jax.random.key(0))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  noisy = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys)]
+  tokenizer, params, model = random_model(shape, **{"late_width": 8, **settings})
   about = {"student": "cascade", "corpus": "encode", "fingerprint": "f00d", "data": dataclasses.asdict(data)}
-  checkpoints.save_model(directory / "model", jax.tree.unflatten(tree, noisy), model, about)
+  checkpoints.save_model(directory / "model", params, model, about)
   tokenizer.save(directory / "model" / "tokenizer")
   return directory
+
+
+@functools.cache
+def random_model(shape, **settings):
+  """Kept, for to make one takes longer than most tests."""
+  tokenizer = tokens.Tokenizer.train(WORDS, 120)
+  shape = dataclasses.replace(shape, vocabulary=len(tokenizer), special=tokenizer.special)
+  model = config.Model(scratch=shape, **settings)
+  like = jax.eval_shape(lambda: step.init_params(model, shape, shape, jax.random.key(0)))
+  rng = np.random.default_rng(0)
+  # About what a trained model has: scales near 1, all else near 0.
+  noisy = lambda name, x: np.float32(rng.normal("scale" in name, 0.1, x.shape))
+  return tokenizer, jax.tree.map(noisy, step.names(like), like), model
 
 
 def arrays(module) -> dict[str, np.ndarray]:

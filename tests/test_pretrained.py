@@ -18,11 +18,13 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def filled(checkpoint, scan=True):
-  """Our encoder with the checkpoint's weights, no dropout."""
+  """Our encoder with the checkpoint's weights, no dropout; random ones are never made, for that takes longest."""
   model = config.Model(scan=scan)
   a = checkpoint.architecture
-  params, _ = pretrained.assign(step.init_params(model, a, a, jax.random.key(0)), checkpoint, checkpoint)
-  return jax.jit(lambda rows: params["student"].encoder(rows)[0])
+  shapes = jax.eval_shape(lambda: step.init_params(model, a, a, jax.random.key(0)))
+  params, _ = pretrained.assign(shapes, checkpoint, None)
+  run = jax.jit(lambda encoder, rows: encoder(rows)[0])
+  return lambda rows: run(params["student"].encoder, rows)
 
 
 @pytest.fixture(scope="module")
