@@ -114,13 +114,12 @@ def sentence_transformers(model: Model, folder: Path) -> Card:
     })  # fmt: skip
     modules = [(f"{MODULES}Router", "")]
   _modules(folder, modules)
-  passage = '"a title: a text"' if d.template == "bert" else '("a title", "a text")'
   tied = student.query_encoder is None
   return Card(
     "dual", "sentence-transformers", "sentence-similarity",
     f"""from sentence_transformers import SentenceTransformer
 model = SentenceTransformer("PLACE")
-print(model.similarity(model.encode_query(["a query"]), model.encode_document([{passage}])))""",
+print(model.similarity(model.encode_query(["a query"]), model.encode_document([{_passage(d)}])))""",
     f" With `model.max_seq_length = {d.query_length}`, longer queries are cut as they were." if tied else "",
   )  # fmt: skip
 
@@ -148,12 +147,11 @@ def pylate(model: Model, folder: Path) -> Card:
     "attend_to_expansion_tokens": False,
     "skiplist_words": [],  # punctuation counts
   })  # fmt: skip
-  passage = '"a title: a text"' if d.template == "bert" else '("a title", "a text")'
   return Card(
     "late", "PyLate", "sentence-similarity",
     f"""from pylate import models
 model = models.ColBERT("PLACE")
-print((model.encode(["a query"])[0] @ model.encode([{passage}], is_query=False)[0].T).max(1).sum())""",
+print((model.encode(["a query"])[0] @ model.encode([{_passage(d)}], is_query=False)[0].T).max(1).sum())""",
   )  # fmt: skip
 
 
@@ -200,6 +198,7 @@ def hugging_face(model: Model, folder: Path) -> Card:
     f"""from transformers import AutoModel, AutoTokenizer
 tokenizer, model = AutoTokenizer.from_pretrained("{place}"), AutoModel.from_pretrained("{place}")
 print(model(**tokenizer("a passage", return_tensors="pt")).last_hidden_state)""",
+    " The map of its vector to fewer dimensions is not part of this folder." if student.reduction is not None else "",
   )  # fmt: skip
 
 
@@ -336,6 +335,11 @@ def _json(path: Path, content: Any) -> None:
 
 
 # ---- The model card ------------------------------------------------------------------------------------------------
+
+
+def _passage(d: config.Data) -> str:
+  """A passage in Python, as sentence-transformers' tokenizers take it."""
+  return '"a title: a text"' if d.template == "bert" else '("a title", "a text")'
 
 
 def _card(model: Model, run: Path, card: Card) -> str:
