@@ -43,7 +43,7 @@ def main() -> None:
   parser.add_argument("--count", type=int, default=300, help="of queries")
   chosen = parser.parse_args()
   model = Model.load(chosen.run)
-  template, student = model.template, model.ready["student"]
+  template, student = model.template, model.student
   if chosen.queries:
     texts = list(evaluate.read_queries(chosen.queries).values())[: chosen.count]
   else:

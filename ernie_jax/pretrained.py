@@ -81,15 +81,11 @@ class Checkpoint:
 
   def against(self, model: config.Model, data: config.Data) -> list[str]:
     """Where a run uses the student otherwise than it was made."""
-    known = {
-      f"model.{name}": (x, getattr(model, name)) for name, x in self.model.items() if name in ("pooling", "cosine")
-    }
+    used = lambda name, x: (
+      name in ("pooling", "cosine") or (name.endswith("_width") and x) or (name == "tied" and not x)
+    )
+    known = {f"model.{name}": (x, getattr(model, name)) for name, x in self.model.items() if used(name, x)}
     known |= {f"data.{name}": (x, getattr(data, name)) for name, x in self.data.items() if not name.endswith("length")}
-    widths = {"model.dual_width": self.reduction, "model.late_width": self.projection}
-    for field, brought in widths.items():
-      if brought:
-        known[field] = (brought["kernel"].shape[1], getattr(model, field.partition(".")[2]))
-    known |= {"model.tied": (False, model.tied)} if self.query_encoder else {}
     return [f"was made with {field}={x}, this run has {own}" for field, (x, own) in known.items() if own != x]
 
   def with_layers(self, layers: Sequence[int], field: str) -> Checkpoint:

@@ -131,6 +131,11 @@ def embed(student: scores.Student, rows: Rows, model: config.Model, query: bool,
   return jax.tree.map(mesh.replicate, mesh.per_device(local, student, rows))
 
 
+def placed(module: Any, devices: jax.sharding.Mesh) -> Any:
+  """A student or a teacher as encoding takes it, complete on every device; one that is so already stays."""
+  return mesh.whole(apart(module), devices)
+
+
 def encode(
   student: scores.Student,
   model: config.Model,
@@ -158,7 +163,7 @@ def encode(
       return template.queries([template.query(store[i]) for i in texts], length, **layout)
     return template.passages([template.passage(store[i]) for i in texts], length, **layout)
 
-  held = mesh.whole(apart(student), devices)
+  held = placed(student, devices)
   apply = lambda rows: embed(held, rows, model, query, late)
   with (
     Progress(progress, len(store), "texts") if isinstance(progress, str) else contextlib.nullcontext(progress) as bar
@@ -234,7 +239,7 @@ def rerank_cross(
   """The cross-encoder's logit of each query with its candidates (passage rows [Q, k]) -> [Q, k]; -inf for row -1."""
   values = np.full(candidates.shape, -np.inf, np.float32)
   devices = mesh.make()
-  held = mesh.whole({name: apart(module) for name, module in params.items()}, devices)
+  held = {name: placed(module, devices) for name, module in params.items()}
   apply = lambda rows: _cross(held, rows)
   asked, place = np.nonzero(candidates >= 0)
   rows = candidates[asked, place]

@@ -13,13 +13,12 @@ from typing import Literal, get_args
 import jax
 import numpy as np
 
-from ernie_jax import checkpoints, collection, columns, config, hub, mesh, pretrained, retrieval, step, topk
+from ernie_jax import checkpoints, collection, columns, config, hub, mesh, pretrained, retrieval, scores, step, topk
 from ernie_jax import index as indexes
 from ernie_jax.bm25 import BM25
 from ernie_jax.collection import Collection
 from ernie_jax.columns import Ragged
 from ernie_jax.config import UserError
-from ernie_jax.encoder import apart
 from ernie_jax.progress import say
 from ernie_jax.templates import Template
 from ernie_jax.tokens import Tokenizer, in_memory
@@ -53,9 +52,14 @@ class Model:
     return cls(params, settings, template, collection.fingerprint(params["student"], settings, template), about)
 
   @functools.cached_property
-  def ready(self) -> checkpoints.Params:
-    """The parameters as encoding takes them, on the devices."""
-    return {name: mesh.whole(apart(module), mesh.make()) for name, module in self.params.items()}
+  def student(self) -> scores.Student:
+    """As encoding takes it, on the devices."""
+    return retrieval.placed(self.params["student"], mesh.make())
+
+  @functools.cached_property
+  def ready(self) -> scores.Params:
+    """Both, as re-ranking takes them: who only encodes has no cross-encoder on the devices."""
+    return {"student": self.student, "teacher": retrieval.placed(self.params["teacher"], mesh.make())}
 
   @property
   def crosses(self) -> bool:
@@ -81,9 +85,7 @@ class Model:
   def encode(self, store: Ragged, *, query: bool, late: bool) -> retrieval.Encoded:
     what = "encode queries" if query else "encode passages"
     with jax.set_mesh(mesh.make()):
-      return retrieval.encode(
-        self.ready["student"], self.settings, store, self.template, query=query, late=late, progress=what
-      )
+      return retrieval.encode(self.student, self.settings, store, self.template, query=query, late=late, progress=what)
 
 
 @dataclasses.dataclass(frozen=True)
