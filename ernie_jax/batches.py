@@ -81,9 +81,9 @@ def choose(texts: Texts, query: int, negatives: int, rng: np.random.Generator) -
   return np.array([rng.choice(texts.positives[query]), *chosen], np.int32)
 
 
-def used(weights: config.Weights) -> tuple[str, ...]:
+def used(train: config.Train) -> tuple[str, ...]:
   """The parts of a batch that go through an encoder for some term."""
-  return (*(("queries", "passages") if weights.needs_student else ()), *(("pairs",) if weights.needs_teacher else ()))
+  return (*(("queries", "passages") if train.on.needs_student else ()), *(("pairs",) if train.needs_cross else ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
   """
   unit, lists = 1 if data.pack is None else train.chunk or train.batch // devices, 1 + train.negatives
   longest = {"queries": data.query_length, "passages": data.passage_length, "pairs": data.pair_length}
-  towers = used(train.weights)
+  towers = used(train)
   number = {tower: unit if tower == "queries" else unit * lists for tower in towers}
   if data.pack is None:
     return Layout(unit, number, longest, False)

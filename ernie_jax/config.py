@@ -176,6 +176,7 @@ class Model:
   teacher_start: str = ""  # the cross-encoder's checkpoint; empty: as the student's
   teacher_scratch: Architecture | None = None  # the cross-encoder's shape without a checkpoint; None: student's
   share_encoder: bool = False  # the cross-encoder uses the student's encoder
+  teacher_from_student: bool = False  # before its warm-up the cross-encoder's encoder becomes a copy of the student's
   teacher_pooler: bool = True  # tanh pooler before the logit (ERNIE-Search); False: raw first token (RocketQAv2)
   dropout: float | None = None  # hidden and attention dropout; None: as the checkpoint says
   dtype: Literal["float32", "bfloat16"] = "float32"  # of what flows through the encoders; all else is float32
@@ -206,11 +207,17 @@ class Model:
       self.teacher_scratch,
       "a shared encoder has no shape of its own: drop it, or set model.share_encoder=False",
     )
+    check(
+      not (self.teacher_from_student and (self.share_encoder or self.teacher_start or self.teacher_scratch)),
+      "model.teacher_from_student",
+      True,
+      "the cross-encoder begins as the student's encoder: drop share_encoder, teacher_start and teacher_scratch",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-  """Weight of each loss term; a term of weight 0 is not traced. The paper weighs all terms 1."""
+  """Weight of each loss term; a term of weight 0 is not traced. The paper weighs all its terms 1; peers' follow."""
 
   nll_ce: float = 1.0
   nll_li: float = 1.0
@@ -221,6 +228,12 @@ class Weights:
   kl_attention: float = 1.0
   dualreg_query: float = 1.0
   dualreg_passage: float = 1.0
+  mlm: float = 0.0  # masked language modelling on the corpus: post-training
+  nll_ce_fgm: float = 0.0  # nll_ce after a step against it in the word embeddings (Miyato et al. 2017; RocketQA's CE)
+  margin_mse: float = 0.0  # of the margins positive - negative, dual-encoder's and cross-encoder's (Hofstätter 2020)
+  kl_listwise: float = 0.0  # kl_ce_de whose gradient reaches the cross-encoder too (RocketQAv2)
+  kl_bidirectional: float = 0.0  # KL(p_ce || p_de) + KL(p_de || p_ce), gradient on both sides (LEAD)
+  virt: float = 0.0  # squared error of attention maps, layer by layer (VIRT)
 
   def __post_init__(self):
     for term, weight in dataclasses.asdict(self).items():
@@ -238,12 +251,18 @@ class Weights:
     return frozenset(term for term, weight in dataclasses.asdict(self).items() if weight > 0)
 
   @property
+  def trains_teacher(self) -> bool:
+    """Whether some term sends a gradient to the cross-encoder."""
+    return bool(self.active & {"nll_ce", "nll_ce_fgm", "kl_listwise", "kl_bidirectional"})
+
+  @property
   def needs_teacher(self) -> bool:
-    return bool(self.active & {"nll_ce", "kl_ce_li", "kl_ce_de", "kl_attention"})
+    return self.trains_teacher or bool(self.active & {"kl_ce_li", "kl_ce_de", "kl_attention", "margin_mse", "virt"})
 
   @property
   def needs_dual(self) -> bool:
-    return bool(self.active & {"nll_de", "kl_li_de", "kl_ce_de"}) or self.needs_twin
+    vectors = {"nll_de", "kl_li_de", "kl_ce_de", "margin_mse", "kl_listwise", "kl_bidirectional"}
+    return bool(self.active & vectors) or self.needs_twin
 
   @property
   def needs_late(self) -> bool:
@@ -251,7 +270,7 @@ class Weights:
 
   @property
   def needs_student(self) -> bool:
-    return bool(self.active - {"nll_ce"})
+    return self.needs_dual or self.needs_late or self.virt > 0
 
   @property
   def needs_twin(self) -> bool:
@@ -292,19 +311,27 @@ class Optimizer:
     check(self.clip > 0, "optimizer.clip", self.clip, "must be above 0; use a large number to switch it off")
 
 
+OWN_LIST = frozenset({"nll_ce", "nll_ce_fgm", "kl_ce_li", "kl_ce_de", "margin_mse", "kl_listwise", "kl_bidirectional"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Train:
   """One training stage: how long, on what, towards which loss."""
 
-  steps: int = 1000
+  steps: int = 1000  # 0: the stage is left out
   batch: int = 64  # B: queries in the global batch, over all devices
   negatives: int = 0  # n: hard negatives of each query; its list has K = 1 + n passages
   chunk: int | None = None  # queries encoded at once on each device, with their lists; None: all. Memory, for a forward
   weights: Weights = Weights()
+  final_weights: Weights | None = None  # reached in the last step, linearly from `weights`; None: constant
   temperature: Temperatures = Temperatures()
+  final_temperature: Temperatures | None = None  # as `final_weights`
+  fgm_radius: float = 0.01  # nll_ce_fgm: how far all word embeddings together are moved
   dual_pool: Literal["global", "own"] = "global"  # candidates of nll_de: every passage of the global batch, or its list
   late_pool: Literal["global", "own"] = "own"  # candidates of nll_li and kl_li_de
-  frozen_teacher: bool = False
+  in_batch: int | None = None  # queries whose passages are each other's negatives; None: all (cross-batch)
+  # joint: trained by its own terms; frozen: as it comes; uniform: all candidates alike, the control of distillation
+  teacher: Literal["joint", "frozen", "uniform"] = "joint"
   optimizer: Optimizer = Optimizer()
   checkpoint_every: int = 50  # steps
   keep: int = 2  # newest checkpoints kept; the best measured one is kept besides
@@ -312,18 +339,26 @@ class Train:
 
   def __post_init__(self):
     check_choices(self, "")
-    for field in ("steps", "batch", "checkpoint_every", "keep"):
+    for field in ("batch", "checkpoint_every", "keep"):
       check(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
-    check(self.negatives >= 0, "negatives", self.negatives, "must be 0 or more")
+    for field in ("steps", "negatives", "fgm_radius"):
+      check(0 <= getattr(self, field) < math.inf, field, getattr(self, field), "must be 0 or more")
     check(self.chunk is None or self.chunk >= 1, "chunk", self.chunk, "must be at least 1, or None for no chunks")
     check(self.measure_every >= 0, "measure_every", self.measure_every, "must be 0 (never) or more")
+    group, on = self.in_batch, self.on
     check(
-      not self.measure_every or self.weights.needs_student,
+      group is None or (group >= 1 and self.batch % group == 0),
+      "in_batch",
+      group,
+      f"must divide batch={self.batch}, or be None",
+    )
+    check(
+      not self.measure_every or on.needs_student,
       "measure_every",
       self.measure_every,
       "measures the student, which no term of this stage trains: set it to 0",
     )
-    lists = self.weights.active & {"nll_ce", "kl_ce_li", "kl_ce_de"}
+    lists = on.active & OWN_LIST
     check(
       self.negatives > 0 or not lists,
       "negatives",
@@ -331,23 +366,43 @@ class Train:
       f"{', '.join(sorted(lists))} compare a query's own passages: give it hard negatives, or weight 0",
     )
     check(
-      self.negatives > 0 or self.late_pool == "global" or not self.weights.active & {"nll_li", "kl_li_de"},
+      self.negatives > 0 or self.late_pool == "global" or not on.active & {"nll_li", "kl_li_de"},
       "late_pool",
       self.late_pool,
       "without hard negatives a query's own list is one passage: use late_pool='global'",
     )
     check(
-      self.negatives > 0 or self.dual_pool == "global" or not self.weights.nll_de,
+      self.negatives > 0 or self.dual_pool == "global" or not on.nll_de,
       "dual_pool",
       self.dual_pool,
       "without hard negatives a query's own list is one passage: use dual_pool='global'",
     )
+    for term in sorted(on.active):
+      check(
+        self.teacher == "joint" or not Weights.only(**{term: 1}).trains_teacher,
+        f"weights.{term}",
+        getattr(on, term),
+        f"trains nothing when the teacher is {self.teacher}: set it to 0, or teacher='joint'",
+      )
     check(
-      not (self.frozen_teacher and self.weights.nll_ce > 0),
-      "weights.nll_ce",
-      self.weights.nll_ce,
-      "trains nothing when the teacher is frozen: set it to 0, or frozen_teacher=False",
+      self.teacher != "uniform" or not on.active & {"margin_mse", "virt"},
+      "teacher",
+      self.teacher,
+      "has neither scores nor layers for margin_mse and virt: set their weights to 0",
     )
+
+  @property
+  def on(self) -> Weights:
+    """Every term that has a weight in some step: its largest."""
+    if self.final_weights is None:
+      return self.weights
+    last = dataclasses.asdict(self.final_weights)
+    return Weights(**{name: max(x, last[name]) for name, x in dataclasses.asdict(self.weights).items()})
+
+  @property
+  def needs_cross(self) -> bool:
+    """Whether the cross-encoder runs."""
+    return self.on.needs_teacher and self.teacher != "uniform"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,9 +483,9 @@ class Config:
     check(0 <= self.seed < 2**31, "seed", self.seed, "must lie in 0..2147483647")
     for name in ("interaction", "warmup", "cascade"):
       check(
-        not (self.model.share_encoder and getattr(self, name).frozen_teacher),
-        f"{name}.frozen_teacher",
-        True,
+        not (self.model.share_encoder and getattr(self, name).teacher == "frozen"),
+        f"{name}.teacher",
+        "frozen",
         "a teacher that shares the student's encoder cannot stay as it is: set model.share_encoder=False",
       )
 

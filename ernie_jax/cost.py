@@ -71,22 +71,26 @@ def flops(
   `rows` are the rows of the global batch and their tokens, by tower: "queries", "passages", "pairs".
   What is trained counts three times (forward, and twice that backward), a cross-encoder without `nll_ce` once.
   """
-  weights, terms = train.weights, train.weights.active
+  weights, terms = train.on, train.on.active
   queries, lists = train.batch, 1 + train.negatives
   passages = queries * lists  # P: the pool
   total = 0.0
 
-  if weights.needs_teacher:
+  if train.needs_cross:
     a = student if model.share_encoder else teacher
     head = 2 * passages * (a.width + (a.width**2 if model.teacher_pooler else 0))
-    total += (3 if weights.nll_ce > 0 else 1) * (forward(a, *rows["pairs"]) + head)
+    pairs = forward(a, *rows["pairs"]) + head
+    total += (3 if weights.trains_teacher else 1) * pairs
+    total += 5 * pairs if weights.nll_ce_fgm else 0  # 2 to find the move (no weight has a gradient there), 3 after it
 
   if weights.needs_student:
     copies = 2 if weights.needs_twin else 1
     towers = forward(student, *rows["queries"]) + forward(student, *rows["passages"])
     dual_pool = "nll_de" in terms and train.dual_pool == "global"
     dual_pool |= "kl_li_de" in terms and train.late_pool == "global"
-    vectors = passages if terms & {"nll_de", "kl_li_de", "kl_ce_de"} else 0
+    vectors = (
+      passages if terms & {"nll_de", "kl_li_de", "kl_ce_de", "margin_mse", "kl_listwise", "kl_bidirectional"} else 0
+    )
     vectors += queries * passages * (2 if weights.needs_twin else int(dual_pool))
     width = student.width if model.dual_width is None else model.dual_width
     total += 3 * (copies * towers + 2 * vectors * width)
@@ -101,6 +105,10 @@ def flops(
     similarity = 2 * data.query_length * data.passage_length * width
     pool = queries * passages if train.late_pool == "global" and terms & {"nll_li", "kl_li_de"} else 0
     total += 3 * similarity * (passages + pool)
+
+  if weights.virt:
+    layers = student.layers if model.share_encoder else min(student.layers, teacher.layers)
+    total += 3 * passages * layers * 2 * data.query_length * data.passage_length * student.width
 
   return total
 

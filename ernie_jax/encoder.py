@@ -209,11 +209,13 @@ class Encoder(nnx.Module):
     self.architecture, self.dtype, self.scan, self.remat = a, dtype, scan, remat
 
   def __call__(
-    self, rows: Rows, noise: Noise | None = None, *, leads: bool = False
-  ) -> tuple[Float[Array, "n l h"], Float[Array, "n heads l l"]]:
-    """Hidden states of the last layer, and the last layer's attention probabilities; dropout where there is noise.
+    self, rows: Rows, noise: Noise | None = None, *, leads: bool = False, every: bool = False
+  ) -> tuple[Float[Array, "n l h"], Float[Array, "n l l"]]:
+    """Hidden states of the last layer, and its attention probabilities, averaged over heads; dropout where there is
+    noise.
 
-    With `leads` and no noise, the last layer computes the first token of each text only, [T, 1, H].
+    With `leads` and no noise, the last layer computes the first token of each text only, [T, 1, H]. With `every`, both
+    are those of all layers, [layers, N, L, ...].
 
     Noise brings seeds [layers + 1, 3, 2], as from `seeds(key, layers + 1, 3)`, and a number for each text.
     Cost follows use: attention probabilities that nobody reads are removed by the compiler.
@@ -230,23 +232,30 @@ class Encoder(nnx.Module):
 
     def apply(x, layer_and_seeds, leads=None):
       layer, own = layer_and_seeds
-      return layer(x, mask, None if noise is None else noise.at(own), leads)
+      x, attention = layer(x, mask, None if noise is None else noise.at(own), leads)
+      return x, attention.mean(1)
 
     if isinstance(self.layers, nnx.List):
       for layer in self.layers[:-1]:
         x, _ = layer(x, mask, None)
-      return self.layers[-1](x, mask, None, rows if leads else None)
+      return apply(x, (self.layers[-1], None), rows if leads else None)
 
     # The last layer stands apart because its attention is an output (distilled by kl_attention).
     body, last = split_last((self.layers, None if noise is None else noise.seeds[:-1]), a.layers)
-    step = lambda x, layer_and_seeds: (apply(x, layer_and_seeds)[0], None)
+    step = lambda x, layer_and_seeds: (found := apply(x, layer_and_seeds), (found[0], found if every else None))[1]
     step = jax.checkpoint(step, prevent_cse=not self.scan) if self.remat else step
+    made: list[Any] = []
     if self.scan and a.layers > 1:
-      x, _ = jax.lax.scan(step, x, body)
+      x, below = jax.lax.scan(step, x, body)
     else:
       for one in unstack(body, a.layers - 1):
-        x, _ = step(x, one)
-    return apply(x, last, rows if leads and noise is None else None)
+        x, found = step(x, one)
+        made.append(found)
+      below = jax.tree.map(lambda *x: jnp.stack(x), *made) if made else None
+    top = apply(x, last, rows if leads and noise is None else None)
+    if not every or below is None:
+      return jax.tree.map(lambda x: x[None], top) if every else top
+    return jax.tree.map(lambda below, top: jnp.concatenate([below, top[None]]), below, top)
 
 
 def apart(module: Any) -> Any:

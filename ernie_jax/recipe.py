@@ -321,7 +321,7 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
   )
   rate = encoder.with_dropout(shapes[0], settings.model.dropout)
   for name in TRAINED:
-    if max(rate.dropout, rate.attention_dropout) == 0 and getattr(settings, name).weights.needs_twin:
+    if max(rate.dropout, rate.attention_dropout) == 0 and getattr(settings, name).on.needs_twin:
       raise UserError(f"{name}.weights.dualreg_query: without dropout DualReg is 0; set its weights to 0")
   needed = max(getattr(settings, name).negatives for name in TRAINED)
   most = max(int(q.positives.lengths.max()) for q in data.queries.values())

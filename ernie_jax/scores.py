@@ -52,6 +52,8 @@ class Scores:
     default=None
   )  # two dropout passes, nothing masked
   attention: Float[Array, "b k lq lp"] = struct.field(default=None)  # the cross-encoder's, query token to passage token
+  attentions: Float[Array, "b k m lq lp"] = struct.field(default=None)  # the same of m layers (VIRT), and the student's
+  products: Float[Array, "b k m lq lp"] = struct.field(default=None)  # <h_i, h_j> of its hidden states
   matches: Float[Array, "b k lq lp"] = struct.field(default=None)  # late interaction's <e_i, e_j>
   query_content: Bool[Array, "b lq"] = struct.field(default=None)  # tokens that are neither special nor padding
   passage_content: Bool[Array, "b k lp"] = struct.field(default=None)
@@ -92,6 +94,7 @@ class Embeddings:
   content: Bool[Array, "n l"]  # tokens that are neither padding nor special
   tokens: Float[Array, "n l d"] = struct.field(default=None)  # unit length, in the model's dtype
   twin: Float[Array, "n h"] = struct.field(default=None)  # the vector again, under other dropout (DualReg)
+  hidden: Float[Array, "n l m h"] = struct.field(default=None)  # after each layer, in the model's dtype (VIRT)
 
 
 def embed(
@@ -103,8 +106,9 @@ def embed(
   *,
   late: bool = True,
   copies: int = 1,
+  every: bool = False,
 ) -> Embeddings:
-  """Dual-encoder vectors (float32) and late-interaction token vectors from one forward pass.
+  """Dual-encoder vectors (float32) and late-interaction token vectors from one forward pass; hidden states, if `every`.
 
   With `copies=2` every text goes through the same pass twice, the second time under noise of its own, for the twin.
   """
@@ -116,7 +120,11 @@ def embed(
       texts = jnp.concatenate([noise.texts * copies + i for i in range(copies)])
       numbers = Noise(noise.seeds, texts, jnp.zeros_like(texts))
   alone = model.pooling == "cls" and not late and noise is None
-  hidden, _ = encoder(several, numbers, leads=alone)
+  hidden, _ = encoder(several, numbers, leads=alone, every=every)
+  layers: Any = None
+  if every:
+    layers = by_text(jnp.moveaxis(hidden[:, : len(rows.tokens)], 0, 2), rows)
+    hidden = hidden[-1]
   if alone:
     vector = hidden[:, 0].astype(jnp.float32)
   elif model.pooling == "mean":
@@ -134,7 +142,7 @@ def embed(
   twin: Any = vectors[1] if copies > 1 else None
   mask = owned(rows) != 0
   special = jnp.array(encoder.architecture.special or (-1,))
-  return Embeddings(vectors[0], mask, mask & ~jnp.isin(by_text(rows.tokens, rows), special), tokens, twin)
+  return Embeddings(vectors[0], mask, mask & ~jnp.isin(by_text(rows.tokens, rows), special), tokens, twin, layers)
 
 
 def dual_width(student: Student) -> int:
@@ -153,21 +161,22 @@ def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
 
 
 def cross(
-  params: Params, rows: Rows, noise: Noise | None, *, leads: bool = False
+  params: Params, rows: Rows, noise: Noise | None, *, leads: bool = False, every: bool = False
 ) -> tuple[Float[Array, "t"], Float[Array, "n q l"]]:
   """The cross-encoder's logit of each joined pair, and its last layer's attention in the rows, averaged over heads.
 
   Noise brings one place more than the encoder's, for the head. With `leads` (and no noise) the attention is that of the
-  first tokens alone.
+  first tokens alone; with `every` that of all layers, [layers, N, L, L].
   """
   teacher: Teacher = params["teacher"]
   encoder = params["student"].encoder if teacher.encoder is None else teacher.encoder
   inner, outer = (None, None) if noise is None else (noise.at(noise.seeds[:-1]), noise.at(noise.seeds[-1, 0]))
-  hidden, attention = encoder(rows, inner, leads=leads)
+  hidden, attention = encoder(rows, inner, leads=leads, every=every)
+  hidden = hidden[-1] if every else hidden
   one = (hidden[:, 0] if leads and noise is None else first(hidden, rows)).astype(jnp.float32)
   if teacher.pooler is not None:
     one = jnp.tanh(teacher.pooler(one))
-  return teacher.head(drop(one, encoder.architecture.dropout, outer))[:, 0], attention.mean(1)
+  return teacher.head(drop(one, encoder.architecture.dropout, outer))[:, 0], attention
 
 
 def matches(q: Embeddings, p: Float[Array, "b k lp d"]) -> Float[Array, "b k lq lp"]:
@@ -247,6 +256,20 @@ class Towers:
   passages: Embeddings = struct.field(default=None)
   cross: Float[Array, "b k"] = struct.field(default=None)
   attention: Float[Array, "b k lq lp"] = struct.field(default=None)
+  attentions: Float[Array, "b k m lq lp"] = struct.field(default=None)
+
+
+def evenly(layers: int, count: int) -> list[int]:
+  """So many of the layers, the last one among them: 2 of 6 are layers 2 and 5, counted from 0."""
+  return [(i + 1) * layers // count - 1 for i in range(count)]
+
+
+def matched(params: Params) -> int:
+  """How many layers of student and cross-encoder are compared (VIRT): as many as both have."""
+  teacher, student = params["teacher"].encoder, params["student"].encoder
+  return (
+    student.architecture.layers if teacher is None else min(student.architecture.layers, teacher.architecture.layers)
+  )
 
 
 def in_chunks(function: Callable[..., Any], count: int, *rows: Any) -> Any:
@@ -270,7 +293,7 @@ def towers(
   train: config.Train,
 ) -> Towers:
   """Everything that goes through an encoder, for the queries at hand (`numbers`: their places in the global batch)."""
-  weights, size = train.weights, len(batch.texts) // len(numbers)  # K
+  weights, size = train.on, len(batch.texts) // len(numbers)  # K
   chunk = train.chunk or len(numbers)
   config.check(len(numbers) % chunk == 0, "chunk", chunk, f"does not divide {len(numbers)} queries of a device")
   lists_of = batch.pairs if batch.passages is None else batch.passages
@@ -284,16 +307,27 @@ def towers(
   lists = lambda numbers: (numbers[:, None] * size + jnp.arange(size, dtype=numbers.dtype)).ravel()
   student = params["student"]
   settings: dict[str, Any] = {"late": weights.needs_late, "copies": 2 if weights.needs_twin else 1}
+  settings["every"] = weights.virt > 0
   # No gradient reaches a teacher that has no loss of its own.
-  teaching = params if weights.nll_ce > 0 else jax.lax.stop_gradient(params)
+  teaching = params if weights.trains_teacher else jax.lax.stop_gradient(params)
+  depth = lambda module: module.encoder.architecture.layers
+  layers = evenly(depth(params["teacher"] if params["teacher"].encoder else student), matched(params))
 
   def scored(pairs, passages, numbers):
-    logits, attention = cross(teaching, pairs, noise("cross", lists(numbers)))
+    logits, attention = cross(teaching, pairs, noise("cross", lists(numbers)), every=weights.virt > 0)
     own = lambda x: x.reshape(-1, size, *x.shape[1:])
-    if not weights.kl_attention:
-      return own(logits), None
-    query_length = batch.queries.longest or batch.queries.tokens.shape[1]
-    return own(logits), own(pair_attention(attention, pairs, passages, query_length))
+    if not weights.kl_attention and not weights.virt:
+      return own(logits), None, None
+    cut = partial(
+      pair_attention,
+      pairs=pairs,
+      passages=passages,
+      query_length=batch.queries.longest or batch.queries.tokens.shape[1],
+    )
+    if not weights.virt:
+      return own(logits), own(cut(attention)), None
+    every = own(jax.vmap(cut, out_axes=1)(attention[jnp.array(layers)]))
+    return own(logits), every[:, :, -1] if weights.kl_attention else None, every
 
   def embedded(tower, rows, numbers):
     return embed(student, model, rows, noise(tower, numbers), tower == "query", **settings)
@@ -302,17 +336,18 @@ def towers(
   passages: Any = None
   logits: Any = None
   attention: Any = None
+  attentions: Any = None
   if weights.needs_student:
     queries = in_chunks(partial(embedded, "query"), count, batch.queries, numbers)
     passages = in_chunks(lambda rows, n: embedded("passage", rows, lists(n)), count, batch.passages, numbers)
-  if weights.needs_teacher:
-    logits, attention = in_chunks(scored, count, batch.pairs, batch.passages, numbers)
-  return Towers(queries, passages, logits, attention)
+  if train.needs_cross:
+    logits, attention, attentions = in_chunks(scored, count, batch.pairs, batch.passages, numbers)
+  return Towers(queries, passages, logits, attention, attentions)
 
 
 def score(params: Params, batch: Batch, model: config.Model, train: config.Train, key: Key[Array, ""] | None) -> Scores:
   """All scores that the stage's loss terms ask for; what no term asks for is not traced."""
-  weights, scores = train.weights, {}
+  weights, scores = train.on, {}
   size = len(batch.known)  # B
   own = lambda x: x.reshape(size, len(batch.texts) // size, *x.shape[1:])  # [B*K, ...] -> [B, K, ...]
   sites = lambda encoder, more: encoder.architecture.layers + 1 + more
@@ -321,7 +356,7 @@ def score(params: Params, batch: Batch, model: config.Model, train: config.Train
   places |= {"query": sites(student.encoder, 0), "passage": sites(student.encoder, 0)}
   keys = (None,) * 3 if key is None else jax.random.split(key, 3)
   noisy = {name: None if k is None else seeds(k, places[name], 3) for name, k in zip(places, keys)}
-  if train.frozen_teacher:
+  if train.teacher == "frozen":
     noisy["cross"] = None
   made = mesh.per_device(
     lambda given, batch, numbers: towers(given[0], given[1], batch, numbers, model, train),
@@ -330,12 +365,17 @@ def score(params: Params, batch: Batch, model: config.Model, train: config.Train
     mesh.split(jnp.arange(size, dtype=jnp.uint32)),
   )
   q, p = made.queries, made.passages
-  scores["cross"], scores["attention"] = made.cross, made.attention
+  scores["cross"], scores["attention"], scores["attentions"] = made.cross, made.attention, made.attentions
+  if weights.needs_teacher and not train.needs_cross:
+    scores["cross"] = mesh.split(jnp.zeros((size, len(batch.texts) // size), jnp.float32))
 
   if weights.needs_student:
     scores["dual"] = jnp.einsum("bh,bkh->bk", q.vector, own(p.vector))
     everyone = mesh.replicate(batch.texts)
     known = (batch.known[:, None, :] == everyone[None, :, None]).any(-1)  # [B, P]
+    if train.in_batch is not None:
+      group = lambda count: jnp.arange(count) // (count // size * train.in_batch)
+      known |= mesh.split(group(size))[:, None] != group(len(batch.texts))[None, :]
     whole = jnp.einsum("bh,ph->bp", q.vector, mesh.replicate(p.vector))
     scores["dual_pool"] = pool(scores["dual"], whole, known)
 
@@ -350,7 +390,13 @@ def score(params: Params, batch: Batch, model: config.Model, train: config.Train
 
     if weights.kl_attention > 0:
       scores["matches"] = similarity
-      scores["query_content"] = q.content
-      scores["passage_content"] = own(p.content)
+      if not train.needs_cross:
+        scores["attention"] = jnp.ones_like(similarity)
+    if weights.virt > 0:
+      layers = jnp.array(evenly(student.encoder.architecture.layers, matched(params)))
+      q_hidden, p_hidden = q.hidden[:, :, layers], own(p.hidden)[..., layers, :]
+      scores["products"] = jnp.einsum("bqmh,bkpmh->bkmqp", q_hidden, p_hidden, preferred_element_type=jnp.float32)
+    scores["query_content"] = q.content
+    scores["passage_content"] = own(p.content)
 
   return Scores(**scores)

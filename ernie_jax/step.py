@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from flax import nnx, struct
 
 from ernie_jax import config, losses, mesh, scores
 
@@ -50,7 +51,7 @@ def names(tree: Any) -> Any:
 
 def group(name: str, model: config.Model, weights: config.Weights) -> str:
   """Which learning rate a parameter has in this stage: `body`, `head` (no checkpoint brings it) or `frozen`."""
-  teaching = weights.nll_ce > 0  # the KL terms send no gradient to the cross-encoder
+  teaching = weights.trains_teacher
   if name.startswith("teacher."):
     return "frozen" if not teaching else "head" if name.startswith("teacher.head.") else "body"
   if name.startswith("student.projection."):
@@ -93,7 +94,7 @@ def make_optimizer(model: config.Model, train: config.Train) -> optax.GradientTr
         "head": adamw(o.learning_rate if o.head_learning_rate is None else o.head_learning_rate),
         "frozen": optax.set_to_zero(),
       },
-      lambda tree: jax.tree.map(lambda name: group(name, model, train.weights), names(tree)),
+      lambda tree: jax.tree.map(lambda name: group(name, model, train.on), names(tree)),
     ),
   )
   return optax.apply_if_finite(chain, max_consecutive_errors=MOST_SKIPPED)
@@ -129,10 +130,38 @@ def loss(
   model: config.Model,
   train: config.Train,
   key: Key[Array, ""] | None,
+  done: Float[Array, ""] | float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-  """The weighted sum and the unweighted terms of one batch."""
-  terms = losses.terms(scores.score(params, batch, model, train, key), train)
-  return losses.total(terms, train.weights), terms
+  """The weighted sum and the unweighted terms of one batch; `done` is how far the stage is, from 0 to 1."""
+  terms = losses.terms(scores.score(params, batch, model, train, key), train, done)
+  if train.on.nll_ce_fgm:
+    terms["nll_ce_fgm"] = fgm(params, batch, model, train, key, done)
+  return losses.total(terms, train, done), terms
+
+
+def fgm(
+  params: scores.Params,
+  batch: scores.Batch,
+  model: config.Model,
+  train: config.Train,
+  key: Key[Array, ""] | None,
+  done: Float[Array, ""] | float,
+) -> Float[Array, ""]:
+  """nll_ce where the cross-encoder's word embeddings are moved by `fgm_radius` along its gradient (Miyato et al. 2017).
+
+  As RocketQA does it: one move of the whole table, which has the radius as its norm. The move is a constant.
+  """
+  alone = dataclasses.replace(train, weights=config.Weights.only(nll_ce=1), final_weights=None)
+  tower = "student" if params["teacher"].encoder is None else "teacher"
+
+  def at(move):
+    moved = jax.tree.map(lambda x: x, params)
+    word = moved[tower].encoder.word
+    word.embedding = nnx.Param(word.embedding[...] + move)
+    return losses.terms(scores.score(moved, batch, model, alone, key), alone, done)["nll_ce"]
+
+  slope = jax.grad(at)(jnp.zeros_like(params[tower].encoder.word.embedding[...]))
+  return at(jax.lax.stop_gradient(train.fgm_radius * scores.unit(slope.ravel()).reshape(slope.shape)))
 
 
 def make_train_step(
@@ -149,7 +178,8 @@ def make_train_step(
 
   def train_step(state, batch, key):
     key = jax.random.fold_in(key, state.step)
-    objective = lambda params: loss(params, batch, model, train, key)
+    done = state.step / max(train.steps - 1, 1)
+    objective = lambda params: loss(params, batch, model, train, key, done)
     (value, terms), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
     gradient, params = part(gradient, train), part(state.params, train)
     updates, moments = optimizer.update(gradient, state.optimizer, params)

@@ -157,7 +157,7 @@ def train(
             "encoded at once), or model.remat"
           ) from error
         if terms["skipped_in_a_row"]:
-          spoilt = [name for name in sorted(stage.weights.active) if not math.isfinite(terms[name])]
+          spoilt = [name for name in sorted(stage.on.active) if not math.isfinite(terms[name])]
           what = ", ".join(spoilt) or "the gradient of a finite loss"
           if terms["skipped_in_a_row"] >= step.MOST_SKIPPED:
             raise UserError(

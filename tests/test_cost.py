@@ -50,7 +50,7 @@ DOT = 2 * 4
       {},
       3 * (2 * STUDENT + DOT * (6 + 2 * 2 * 6)),
     ),
-    ({"kl_ce_de": 1}, {"frozen_teacher": True}, PAIRS + POOLER + LOGIT + 3 * (STUDENT + DOT * 6)),
+    ({"kl_ce_de": 1}, {"teacher": "frozen"}, PAIRS + POOLER + LOGIT + 3 * (STUDENT + DOT * 6)),
     ({"kl_ce_de": 1}, {}, PAIRS + POOLER + LOGIT + 3 * (STUDENT + DOT * 6)),
     ({"kl_ce_li": 1}, {}, PAIRS + POOLER + LOGIT + 3 * (STUDENT + PROJECTION + 6 * MAXSIM)),
   ],

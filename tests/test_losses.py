@@ -98,7 +98,7 @@ def test_every_student_side_has_a_finite_gradient():
   fields = ["cross", "dual", "dual_pool", "late", "late_pool", "twins", "matches"]
 
   def total(values):
-    return losses.total(losses.terms(scores.replace(**values), ALL), ALL.weights)
+    return losses.total(losses.terms(scores.replace(**values), ALL), ALL)
 
   gradients = jax.grad(total)({name: getattr(scores, name) for name in fields})
   for name, gradient in gradients.items():
@@ -184,9 +184,7 @@ def test_total_is_the_weighted_sum_and_a_term_of_weight_0_is_not_there():
   train = config.Train(batch=4, negatives=2, weights=config.Weights.only(nll_de=2.0, kl_ce_de=0.5))
   terms = losses.terms(random_scores(), train)
   assert set(terms) == {"nll_de", "kl_ce_de"}
-  np.testing.assert_allclose(
-    losses.total(terms, train.weights), 2 * terms["nll_de"] + 0.5 * terms["kl_ce_de"], rtol=1e-6
-  )
+  np.testing.assert_allclose(losses.total(terms, train), 2 * terms["nll_de"] + 0.5 * terms["kl_ce_de"], rtol=1e-6)
 
 
 def test_own_pools_compare_own_lists():

@@ -174,7 +174,7 @@ def test_interaction_distillation_leaves_the_teacher_alone(tiny_params):
 def test_a_frozen_teacher_teaches_and_stays(tiny_params):
   model, params = tiny_params
   weights = dataclasses.replace(Weights(), nll_ce=0)
-  train = Train(steps=4, batch=8, negatives=2, weights=weights, frozen_teacher=True, optimizer=ONE)
+  train = Train(steps=4, batch=8, negatives=2, weights=weights, teacher="frozen", optimizer=ONE)
   changed = moved(model, train, params)
   assert changed
   assert all(name.startswith("student.") for name in changed)
