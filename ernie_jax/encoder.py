@@ -210,7 +210,7 @@ class Encoder(nnx.Module):
 
   def __call__(
     self, rows: Rows, noise: Noise | None = None, *, leads: bool = False, every: bool = False
-  ) -> tuple[Float[Array, "n l h"], Float[Array, "n l l"]]:
+  ) -> tuple[Float[Array, "*every n l h"], Float[Array, "*every n q l"]]:
     """Hidden states of the last layer, and its attention probabilities, averaged over heads; dropout where there is
     noise.
 

@@ -50,7 +50,7 @@ class Scores:
   late_pool: Float[Array, "b c"] = struct.field(default=None)
   twins: tuple[Float[Array, "b p"], Float[Array, "b p"]] = struct.field(
     default=None
-  )  # two dropout passes, nothing masked
+  )  # two dropout passes; known positives are there too
   attention: Float[Array, "b k lq lp"] = struct.field(default=None)  # the cross-encoder's, query token to passage token
   attentions: Float[Array, "b k m lq lp"] = struct.field(default=None)  # the same of m layers (VIRT), and the student's
   products: Float[Array, "b k m lq lp"] = struct.field(default=None)  # <h_i, h_j> of its hidden states
@@ -162,7 +162,7 @@ def unit(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
 
 def cross(
   params: Params, rows: Rows, noise: Noise | None, *, leads: bool = False, every: bool = False
-) -> tuple[Float[Array, "t"], Float[Array, "n q l"]]:
+) -> tuple[Float[Array, "t"], Float[Array, "*every n q l"]]:
   """The cross-encoder's logit of each joined pair, and its last layer's attention in the rows, averaged over heads.
 
   Noise brings one place more than the encoder's, for the head. With `leads` (and no noise) the attention is that of the
@@ -373,14 +373,17 @@ def score(params: Params, batch: Batch, model: config.Model, train: config.Train
     scores["dual"] = jnp.einsum("bh,bkh->bk", q.vector, own(p.vector))
     everyone = mesh.replicate(batch.texts)
     known = (batch.known[:, None, :] == everyone[None, :, None]).any(-1)  # [B, P]
+    among = lambda scores: scores
     if train.in_batch is not None:
       group = lambda count: jnp.arange(count) // (count // size * train.in_batch)
-      known |= mesh.split(group(size))[:, None] != group(len(batch.texts))[None, :]
+      others = mesh.split(group(size))[:, None] != group(len(batch.texts))[None, :]
+      known |= others
+      among = lambda scores: jnp.where(others, -jnp.inf, scores)
     whole = jnp.einsum("bh,ph->bp", q.vector, mesh.replicate(p.vector))
     scores["dual_pool"] = pool(scores["dual"], whole, known)
 
     if weights.needs_twin:
-      scores["twins"] = (whole, jnp.einsum("bh,ph->bp", q.twin, mesh.replicate(p.twin)))
+      scores["twins"] = (among(whole), among(jnp.einsum("bh,ph->bp", q.twin, mesh.replicate(p.twin))))
 
     if weights.needs_late:
       similarity = matches(q, own(p.tokens))

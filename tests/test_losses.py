@@ -167,6 +167,51 @@ def test_attention_kl_without_real_tokens_is_0_with_a_finite_gradient():
   assert jnp.isfinite(jax.grad(value)(scores.matches)).all()
 
 
+def test_margin_mse_closed_form():
+  teacher, student = jnp.array([[5.0, 1.0, 3.0]]), jnp.array([[2.0, 1.0, 2.5]])
+  np.testing.assert_allclose(losses.margin_mse(teacher, student), ((4 - 1) ** 2 + (2 + 0.5) ** 2) / 2, rtol=1e-6)
+  np.testing.assert_allclose(losses.margin_mse(teacher, teacher + 7), 0, atol=1e-6)
+  assert float(jnp.abs(jax.grad(lambda t: losses.margin_mse(t, student).sum())(teacher)).max()) == 0
+
+
+def test_listwise_kl_is_kl_whose_teacher_learns():
+  teacher, student = jax.random.normal(KEY, (2, 4, 5))
+  np.testing.assert_allclose(losses.kl_listwise(teacher, student), losses.kl(teacher, student), rtol=1e-6)
+  mine, theirs = jax.grad(lambda t, s: losses.kl_listwise(t, s).sum(), argnums=(0, 1))(teacher, student)
+  np.testing.assert_allclose(theirs, jax.nn.softmax(student) - jax.nn.softmax(teacher), atol=1e-6)
+  # d/dt_i of sum p log(p / q) is p_i (log(p_i / q_i) - KL)
+  p, q = jax.nn.softmax(teacher), jax.nn.softmax(student)
+  expected = p * (jnp.log(p / q) - losses.kl(teacher, student)[:, None])
+  np.testing.assert_allclose(mine, expected, atol=1e-6)
+
+
+def test_bidirectional_kl_is_the_sum_of_both_directions():
+  scores = random_scores()
+  train = config.Train(batch=4, negatives=2, weights=config.Weights.only(kl_bidirectional=1))
+  both = losses.kl(scores.cross, scores.dual) + losses.kl(scores.dual, scores.cross)
+  np.testing.assert_allclose(losses.terms(scores, train)["kl_bidirectional"], both.mean(), rtol=1e-6)
+
+
+def test_virt_equals_loops():
+  scores = random_scores()
+  keys = jax.random.split(KEY)
+  shape = (4, 3, 2, 5, 7)  # two layers
+  attentions, products = jax.nn.softmax(jax.random.normal(keys[0], shape)), jax.random.normal(keys[1], shape)
+  got = losses.virt(attentions, products, scores.query_content, scores.passage_content)
+  for i in range(4):
+    values = []
+    for j in range(3):
+      real = np.flatnonzero(scores.passage_content[i, j])
+      for layer in range(2):
+        for t in np.flatnonzero(scores.query_content[i]):
+          p = np.asarray(attentions[i, j, layer, t], np.float64)[real]
+          q = np.exp(np.asarray(products[i, j, layer, t], np.float64)[real])
+          values.append(np.sum((p / p.sum() - q / q.sum()) ** 2))
+    np.testing.assert_allclose(got[i], np.mean(values), rtol=1e-4)
+  reads = jax.grad(lambda a: losses.virt(a, products, scores.query_content, scores.passage_content).sum())(attentions)
+  assert float(jnp.abs(reads).max()) == 0
+
+
 @pytest.mark.parametrize("name", ["dual", "late", "cross"])
 def test_temperature_divides_scores(name):
   scores = random_scores()
@@ -185,6 +230,26 @@ def test_total_is_the_weighted_sum_and_a_term_of_weight_0_is_not_there():
   terms = losses.terms(random_scores(), train)
   assert set(terms) == {"nll_de", "kl_ce_de"}
   np.testing.assert_allclose(losses.total(terms, train), 2 * terms["nll_de"] + 0.5 * terms["kl_ce_de"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("done", "dual", "weights"), [(0, 2, (1, 2, 0)), (0.5, 1.25, (2, 1, 2)), (1, 0.5, (3, 0, 4))])
+def test_weights_and_temperatures_go_linearly_to_their_last_values(done, dual, weights):
+  scores, only = random_scores(), config.Weights.only
+  train = config.Train(
+    batch=4,
+    negatives=2,
+    weights=only(nll_de=1, kl_li_de=2),
+    final_weights=only(nll_de=3, nll_li=4),
+    temperature=config.Temperatures(dual=2.0),
+    final_temperature=config.Temperatures(dual=0.5),
+  )
+  now = config.Train(batch=4, negatives=2, weights=train.on, temperature=config.Temperatures(dual=dual))
+  terms, expected = losses.terms(scores, train, done), losses.terms(scores, now)
+  assert set(terms) == {"nll_de", "kl_li_de", "nll_li"}
+  for name in terms:
+    np.testing.assert_allclose(terms[name], expected[name], rtol=1e-6, err_msg=name)
+  value = sum(weight * terms[name] for weight, name in zip(weights, ("nll_de", "kl_li_de", "nll_li")))
+  np.testing.assert_allclose(losses.total(terms, train, done), value, rtol=1e-6)
 
 
 def test_own_pools_compare_own_lists():

@@ -8,11 +8,15 @@ import numpy as np
 import processes
 import pytest
 from conftest import TINY, distance, make_batch
+from flax import nnx
 
-from ernie_jax import config, mesh, scores, step
+from ernie_jax import config, losses, mesh, scores, step
 from ernie_jax.config import Optimizer, Train, Weights
 
-FULL = Train(steps=4, batch=8, negatives=2, late_pool="global", optimizer=Optimizer(learning_rate=1e-3))
+PEERS = Weights(margin_mse=1, kl_listwise=1, kl_bidirectional=1, virt=1)  # beside the paper's terms
+FULL = Train(
+  steps=4, batch=8, negatives=2, weights=PEERS, late_pool="global", optimizer=Optimizer(learning_rate=1e-3), in_batch=4
+)
 
 
 def gradients(model, train, params, batch, key):
@@ -46,7 +50,7 @@ def test_loss_and_gradients_do_not_depend_on_devices_hosts_or_chunks(
   (value, terms), gradient = jax.device_get(got)
   (expected, expected_terms), expected_gradient = jax.device_get(alone)
   np.testing.assert_allclose(value, expected, rtol=1e-5)
-  assert set(terms) == set(Weights().active)
+  assert set(terms) == PEERS.active
   for name in terms:
     np.testing.assert_allclose(terms[name], expected_terms[name], rtol=1e-5, err_msg=name)
   assert distance(gradient, expected_gradient) < 1e-5
@@ -73,8 +77,8 @@ def test_one_compilation_and_a_donated_state(tiny_params):
   assert train_step._cache_size() == 1
   assert first.is_deleted()
   assert int(state.step) == 3
-  assert set(logs) == set(Weights().active) | {"total", "gradient_norm", "learning_rate", "skipped", "skipped_in_a_row"}
-  np.testing.assert_allclose(logs["total"], sum(logs[t] for t in Weights().active), rtol=1e-5)
+  assert set(logs) == PEERS.active | {"total", "gradient_norm", "learning_rate", "skipped", "skipped_in_a_row"}
+  np.testing.assert_allclose(logs["total"], sum(logs[t] for t in PEERS.active), rtol=1e-5)
 
 
 def test_a_step_without_a_finite_gradient_changes_nothing_but_its_number(tiny_params):
@@ -141,6 +145,126 @@ def test_bfloat16_terms_are_near_those_of_float32_and_all_but_products_is_float3
     np.testing.assert_allclose(value, alone[0][1][name], rtol=0.05, err_msg=name)
 
 
+def test_the_gradient_of_every_term_is_that_of_finite_differences_in_float64(tiny_params, monkeypatch):
+  """The whole step's loss, dropout and twins on, in ten directions through all parameters and one through each array.
+
+  What stands under stop_gradient is held at its first value while parameters move, which is what it means.
+  """
+  model, params = tiny_params
+  held, given = [], None
+  model = dataclasses.replace(model)
+  object.__setattr__(model, "dtype", "float64")  # not a choice of the user's
+
+  def constant(tree):
+    def one(x):
+      held.append(x)
+      return x if given is None else given[len(held) - 1]
+
+    return jax.tree.map(one, tree)
+
+  with jax.enable_x64(True):
+    monkeypatch.setattr(jnp, "float32", jnp.float64)
+    wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x), jnp.float64), jax.device_get(params))
+    for module in (wide["student"].encoder, wide["teacher"].encoder):
+      module.dtype = "float64"
+      for part in nnx.iter_modules(module):
+        if isinstance(part[1], nnx.Linear | nnx.LayerNorm | nnx.Embed):
+          part[1].dtype = jnp.float64
+    batch, key = make_batch(), jax.random.key(7)
+    train = dataclasses.replace(FULL, weights=dataclasses.replace(PEERS, nll_ce_fgm=1))
+    value = lambda p: step.loss(p, batch, model, train, key)[0]
+    slope = jax.jit(jax.grad(value))(wide)
+    assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(slope))
+    monkeypatch.setattr(jax.lax, "stop_gradient", constant)
+    constants = jax.jit(lambda p: (value(p), list(held))[1])(wide)
+
+    def moved(p, constants):
+      nonlocal given
+      given = constants
+      held.clear()
+      return value(p)
+
+    at = jax.jit(moved)
+    leaves, tree = jax.tree.flatten(wide)
+    rng = np.random.default_rng(0)
+    draw = lambda some: [rng.standard_normal(x.shape) * (i in some) for i, x in enumerate(leaves)]
+    every = range(len(leaves))
+    for direction in [draw(every) for _ in range(10)] + [draw({i}) for i in every]:
+      norm = np.sqrt(sum((d**2).sum() for d in direction))
+      reach = 1e-5 / norm
+      ends = [tree.unflatten([x + sign * reach * d for x, d in zip(leaves, direction)]) for sign in (1, -1)]
+      found = (at(ends[0], constants) - at(ends[1], constants)) / (2 * reach)
+      expected = sum(float((g * d).sum()) for g, d in zip(jax.tree.leaves(slope), direction))
+      np.testing.assert_allclose(found / norm, expected / norm, rtol=1e-5, atol=1e-8)
+
+
+def test_groups_are_batches_of_their_own(tiny_params):
+  """Queries that see the passages of their group alone have the loss of a smaller batch."""
+  model, params = tiny_params
+  on = Weights.only(nll_de=1, nll_li=1, kl_li_de=1)
+  terms = lambda batch, train: jax.jit(lambda p: step.loss(p, batch, model, train, None)[1])(params)
+  train = dataclasses.replace(FULL, weights=on)
+  batch = make_batch()
+  half = dataclasses.replace(train, batch=4, in_batch=None)
+  whole = terms(batch, train)
+  parts = [terms(jax.tree.map(lambda x: jnp.split(x, 2)[i], batch), half) for i in range(2)]
+  for term in on.active:
+    np.testing.assert_allclose(whole[term], (parts[0][term] + parts[1][term]) / 2, rtol=1e-5, err_msg=term)
+  other = terms(batch, dataclasses.replace(train, in_batch=None))
+  assert all(float(other[term]) > float(whole[term]) for term in ("nll_de", "nll_li"))
+
+
+def test_the_last_step_has_the_last_weights(tiny_params):
+  model, params = tiny_params
+  plan = {"weights": Weights.only(nll_de=1), "final_weights": Weights.only(nll_de=3), "steps": 3}
+  train = dataclasses.replace(FULL, **plan)
+  state = step.init_state(jax.tree.map(jnp.copy, params), model, train)
+  train_step = step.make_train_step(model, train)
+  for weight in (1, 2, 3):
+    state, logs = train_step(state, make_batch(), jax.random.key(0))
+    np.testing.assert_allclose(logs["total"], weight * logs["nll_de"], rtol=1e-6)
+  assert train_step._cache_size() == 1
+
+
+def test_fgm_moves_the_word_embeddings_by_its_radius_along_the_gradient(tiny_params):
+  """On one device, and in chunks on two; the gradient after the move is added to that before it."""
+  model, params = tiny_params
+  # As made, all passages have nearly the same logit, and the gradient is what rounding leaves of it.
+  large = lambda name, x: 10 * x if name.endswith((".kernel", ".embedding")) else x
+  params = jax.tree.map(large, step.names(params), params)
+  train = dataclasses.replace(FULL, weights=Weights.only(nll_ce=1, nll_ce_fgm=1), fgm_radius=0.5)
+  alone = dataclasses.replace(train, weights=Weights.only(nll_ce=1))
+  plain = jax.jit(jax.value_and_grad(lambda p: step.loss(p, make_batch(), model, alone, None)[0]))
+  _, slope = plain(params)
+  table = slope["teacher"].encoder.word.embedding[...]
+  further = lambda name, x: x + 0.5 * table / jnp.linalg.norm(table) if name == "teacher.encoder.word.embedding" else x
+  value, after = plain(jax.tree.map(further, step.names(params), params))
+  (_, terms), both = gradients(model, train, params, make_batch(), None)
+  np.testing.assert_allclose(terms["nll_ce_fgm"], value, rtol=1e-5)
+  assert float(terms["nll_ce_fgm"]) > float(terms["nll_ce"])
+  assert distance(both["teacher"], jax.tree.map(jnp.add, slope, after)["teacher"]) < 1e-4
+  grid = mesh.make(jax.devices()[:2])
+  with jax.set_mesh(grid):
+    batch = mesh.shard(jax.tree.map(np.asarray, make_batch()), grid)
+    chunked = dataclasses.replace(train, chunk=2)
+    spread = jax.jit(lambda p: step.loss(p, batch, model, chunked, None)[1])(mesh.whole(params, grid))
+    np.testing.assert_allclose(spread["nll_ce_fgm"], value, rtol=1e-5)
+
+
+def test_a_uniform_teacher_is_a_cross_encoder_that_gives_all_the_same(tiny_params):
+  """Its terms are those of equal scores and even attention, and no cross-encoder is run."""
+  model, params = tiny_params
+  on = Weights.only(kl_ce_li=1, kl_ce_de=1, kl_attention=1)
+  train = dataclasses.replace(FULL, weights=on, teacher="uniform")
+  batch = make_batch()
+  found = step.loss(params, batch.replace(pairs=None), model, train, None)[1]
+  real = dataclasses.replace(train, teacher="frozen")
+  given = scores.score(params, batch, model, real, None)
+  even = given.replace(cross=0 * given.cross, attention=0 * given.attention + 1)
+  for term, value in losses.terms(even, real).items():
+    np.testing.assert_allclose(found[term], value, rtol=1e-5, err_msg=term)
+
+
 def moved(model, train, params):
   """Names of parameters that one step changes."""
   before = jax.device_get(params)
@@ -187,7 +311,7 @@ def test_the_teacher_learns_only_from_its_own_loss(tiny_params):
   large = lambda name, x: 10 * x if name.endswith((".kernel", ".embedding")) else x
   params = jax.tree.map(large, step.names(params), params)
   alone = dataclasses.replace(FULL, weights=Weights.only(nll_ce=1))
-  _, full = gradients(model, FULL, params, make_batch(), None)
+  _, full = gradients(model, dataclasses.replace(FULL, weights=Weights()), params, make_batch(), None)
   _, own = gradients(model, alone, params, make_batch(), None)
   names = jax.tree.leaves(step.names(own["teacher"]))
   for name, x, y in zip(names, jax.tree.leaves(full["teacher"]), jax.tree.leaves(own["teacher"]), strict=True):
@@ -207,6 +331,7 @@ def test_a_term_of_weight_0_costs_nothing(tiny_params):
     program = step.make_train_step(model, train).lower(state, make_batch(), jax.random.key(0))
     return program.cost_analysis()["flops"]  # as written: the compiler need not find what is left out
 
+  assert flops(Weights()) < flops(PEERS)
   only_dual = flops(Weights.only(nll_de=1))
   assert only_dual < flops(Weights.only(nll_de=1, nll_li=1)) < flops(Weights())
 
