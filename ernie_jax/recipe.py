@@ -3,8 +3,8 @@
   prepare -> baselines -> interaction -> mine -> warmup -> check -> denoise -> cascade -> encode -> evaluate
 
 Each stage owns a folder of the run and ends by writing `manifest.json` there; a stage that has one is done, and its
-result is read back. So the same command, given again, continues where it was stopped. `denoise` is a stage only where
-`mine.denoise` or `mine.margin` asks for it.
+result is read back. So the same command, given again, continues where it was stopped. A training stage of 0 steps is
+left out, and so is what serves it alone; `denoise` is a stage only where `mine.denoise` or `mine.margin` asks for it.
 """
 
 from __future__ import annotations
@@ -120,20 +120,25 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
     current = prepare(directory, settings)
     current.stage("baselines", lambda _: baselines(current))
     interaction = fit(current, "interaction", current.params, None)
+    students = {"interaction": interaction}  # what comes before the cascade, though its stage be left out
     mined = current.stage("mine", lambda place: mine(current, interaction, place))
     negatives = hard(current, directory / "mine" / NEGATIVES)
-    warm = fit(current, "warmup", interaction, negatives)
-    check = current.stage("check", lambda _: check_teacher(current, interaction, warm))
+    start = with_student_s_encoder(interaction) if settings.model.teacher_from_student else interaction
+    warm = fit(current, "warmup", start, negatives)
+    check = None
+    if settings.cascade.steps and settings.cascade.needs_cross:
+      check = current.stage("check", lambda _: check_teacher(current, interaction, warm))
     if settings.mine.judged:
       current.stage("denoise", lambda place: denoise(current, warm, place))
       negatives = hard(current, directory / "denoise" / NEGATIVES)
-    cascade = fit(current, "cascade", warm, negatives)
-    encoding = current.stage("encode", lambda place: encode(current, cascade, place))
-    best = "interaction" if mined["dev"]["MRR@10"] > encoding["dev"]["MRR@10"] else "cascade"
-    students = {"interaction": interaction, "cascade": cascade}
-    results = current.stage("evaluate", lambda _: measure(current, students, best))
-  done = [name for name in STAGES if name != "denoise" or settings.mine.judged]
-  stages = {name: read(directory / name / "manifest.json") for name in done}
+    best = "interaction"
+    if settings.cascade.steps:
+      students["cascade"] = fit(current, "cascade", warm, negatives)
+      encoding = current.stage("encode", lambda place: encode(current, students["cascade"], place))
+      best = "interaction" if mined["dev"]["MRR@10"] > encoding["dev"]["MRR@10"] else "cascade"
+    teacher = students.get("cascade", warm)
+    results = current.stage("evaluate", lambda _: measure(current, students, best, teacher))
+  stages = {name: read(path) for name in STAGES if (path := directory / name / "manifest.json").is_file()}
   results = {k: v for k, v in results.items() if k != "seconds"}
   manifest = {
     "config": dataclasses.asdict(settings),
@@ -319,6 +324,12 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     architecture(settings, student, tokenizer, scratch),
     architecture(settings, teacher, tokenizer, settings.model.teacher_scratch or scratch),
   )
+  same = [dataclasses.replace(a, dropout=0, attention_dropout=0) for a in shapes]
+  if settings.model.teacher_from_student and same[0] != same[1]:
+    raise UserError(
+      f"model.teacher_from_student=True: the student has {shapes[0].layers} layers of width {shapes[0].width}, the "
+      f"cross-encoder {shapes[1].layers} of {shapes[1].width}; set it to False"
+    )
   rate = encoder.with_dropout(shapes[0], settings.model.dropout)
   for name in TRAINED:
     if max(rate.dropout, rate.attention_dropout) == 0 and getattr(settings, name).on.needs_twin:
@@ -395,9 +406,11 @@ def baselines(current: Run) -> dict[str, Any]:
 
 
 def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Params:
-  """Trains a stage from the given parameters, or reads its result back."""
+  """Trains a stage from the given parameters, or reads its result back; a stage of 0 steps hands them on."""
   stage: config.Train = getattr(current.config, name)
   place = current.directory / name
+  if not stage.steps:
+    return params
   if mesh.told(mesh.leads() and (place / "manifest.json").is_file()):
     say(f"{name}: done before")
     return finished(place, params, current.config.model, stage, read(place / "manifest.json")["kept"])
@@ -436,6 +449,13 @@ def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Pa
 
   current.stage(name, work)
   return trained[0]
+
+
+def with_student_s_encoder(params: Params) -> Params:
+  """The parameters, the cross-encoder's encoder a copy of the student's (`model.teacher_from_student`)."""
+  teacher: Teacher = jax.tree.map(lambda x: x, params["teacher"])
+  teacher.encoder = jax.tree.map(np.array, params["student"].encoder)
+  return {**params, "teacher": teacher}
 
 
 def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:
@@ -580,30 +600,43 @@ def refresh(current: Run, place: Path, texts: batches.Texts, params: Params | No
 
 
 def check_teacher(current: Run, student_params: Params, teacher_params: Params) -> dict[str, Any]:
-  """The teacher as a re-ranker of the student's top passages on dev: is it the better ranker of the two?"""
+  """Teacher and late interaction as re-rankers of the student's top passages on dev: who is the better ranker?
+
+  Chance is the same passages in random order, 20 times.
+  """
   e = current.config.evaluate
   store = current.queries["dev"]
   some = np.arange(min(e.teacher_queries, len(store)))
-  queries = current.encode(student_params, store.take(some), "dev queries", late=False)
-  values, found = search(current, queries, collection.load(current.directory / "mine"), e.teacher_depth)
+  queries = current.encode(student_params, store.take(some), "dev queries", late=True)
+  passages = collection.load(current.directory / "mine")
+  values, found = search(current, queries, passages, e.teacher_depth)
+  tokens = token_vectors(current, student_params, passages)
+  late = retrieval.rerank_late(queries, found, tokens, each_passage(current, student_params))
   teacher = retrieval.rerank_cross(teacher_params, store, current.passages, found, current.template)
   qrels = first_judged(current, len(some))
-  scores = {
-    "student": evaluate.metrics(current.as_run("dev", values, found), qrels),
-    "teacher": evaluate.metrics(current.as_run("dev", *retrieval.reorder(found, teacher)), qrels),
-  }
+  measured = lambda scores: evaluate.metrics(current.as_run("dev", *retrieval.reorder(found, scores)), qrels)
+  rng = np.random.default_rng(current.config.seed)
+  draws = [measured(rng.random(found.shape))["MRR@10"] for _ in range(20)]
+  scores = {"student": measured(values), "late": measured(late), "teacher": measured(teacher)}
   student, taught = (scores[name]["MRR@10"] for name in ("student", "teacher"))
   warning = None
-  if taught < student:
+  where = f"on {len(some)} dev queries, top {e.teacher_depth}"
+  remedy = "give warmup.steps more, or start from a stronger cross-encoder (model.teacher_start)"
+  if taught < np.mean(draws) + 2 * np.std(draws):
     warning = (
-      f"the teacher ranks worse than its student (MRR@10 {taught:.3f} < {student:.3f} on {len(some)} dev queries, "
-      f"top {e.teacher_depth}): it may hold the student back; give warmup.steps more, or start from a stronger "
-      "cross-encoder (model.teacher_start)"
+      f"the teacher ranks at chance (MRR@10 {taught:.3f} {where}; in random order {np.mean(draws):.3f}): {remedy}"
     )
+  elif taught < student:
+    warning = (
+      f"the teacher ranks worse than its student (MRR@10 {taught:.3f} < {student:.3f} {where}): it may hold the "
+      f"student back; {remedy}"
+    )
+  if warning:
     say(f"  warning: {warning}")
   else:
-    say(f"  the teacher ranks better than its student: MRR@10 {taught:.3f} against {student:.3f}")
-  return {"depth": e.teacher_depth, "queries": len(some), **scores, "warning": warning}
+    say(f"  the teacher ranks better than its student: MRR@10 {taught:.3f} against {student:.3f} {where}")
+  chance = float(np.mean(draws))
+  return {"depth": e.teacher_depth, "queries": len(some), **scores, "chance": {"MRR@10": chance}, "warning": warning}
 
 
 def encode(current: Run, params: Params, place: Path) -> dict[str, Any]:
@@ -611,8 +644,11 @@ def encode(current: Run, params: Params, place: Path) -> dict[str, Any]:
   return {"dev": encode_corpus(current, params, place)[1]}
 
 
-def measure(current: Run, students: dict[str, Params], best: str) -> dict[str, Any]:
-  """Test metrics of both students, and of the cross-encoder over the better one's list; keeps that model."""
+def measure(current: Run, students: dict[str, Params], best: str, teacher: Params) -> dict[str, Any]:
+  """Test metrics of the students, and of the cross-encoder over the better one's list; keeps that model.
+
+  `teacher` are the parameters that hold the cross-encoder, and the student that it was trained with.
+  """
   e = current.config.evaluate
   stages: dict[str, dict[str, dict[str, float]]] = {}
   chosen = np.zeros((0, 0), int)
@@ -627,7 +663,7 @@ def measure(current: Run, students: dict[str, Params], best: str) -> dict[str, A
       "late": current.measure(f"late.{name}", "test", *retrieval.reorder(found[:, : e.late_depth], late)),
     }
     chosen = found[:, : e.cross_depth] if name == best else chosen
-  model = keep(current, students, best)
+  model = keep(current, students[best], teacher, best)
   cross = retrieval.rerank_cross(model, current.queries["test"], current.passages, chosen, current.template)
   before = read(current.directory / "baselines" / "manifest.json")
   results = {
@@ -645,15 +681,15 @@ def measure(current: Run, students: dict[str, Params], best: str) -> dict[str, A
   return results | {"dual_minus_bm25": {"MRR@10": evaluate.bootstrap(dual, bm25)}}
 
 
-def keep(current: Run, students: dict[str, Params], best: str) -> Params:
-  """Saves the run's result, `model/`: the student that is best on dev, and the cascade's cross-encoder."""
-  student: Student = students[best]["student"]
-  teacher: Teacher = students["cascade"]["teacher"]
+def keep(current: Run, student_params: Params, teacher_params: Params, best: str) -> Params:
+  """Saves the run's result, `model/`: the student that is best on dev, and the last cross-encoder."""
+  student: Student = student_params["student"]
+  teacher: Teacher = teacher_params["teacher"]
   settings = current.config.model
-  if settings.share_encoder and best != "cascade":
-    # The cross-encoder was trained on the cascade's encoder: from here on that is its own.
+  if settings.share_encoder and student is not teacher_params["student"]:
+    # The cross-encoder was trained on the other student's encoder: from here on that is its own.
     settings = dataclasses.replace(settings, share_encoder=False)
-    shared = students["cascade"]["student"].encoder
+    shared = teacher_params["student"].encoder
     own = Teacher(shared.architecture, settings, jax.random.key(0))
     own.encoder, own.pooler, own.head = shared, teacher.pooler, teacher.head
     teacher = own
