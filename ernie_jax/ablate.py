@@ -462,11 +462,14 @@ def comma_separated(table: dict[str, Any]) -> str:
 
 
 def plot(table: dict[str, Any]) -> bytes:
-  """A panel for each system: a dot for each seed; the mean, with the 95 % interval of its difference to full; SVG."""
+  """A panel for each system: a dot for each seed; the mean, with the 95 % interval of its difference to full; SVG.
+
+  The axes hold the ablation's rows. A baseline that lies far off is a number at the edge.
+  """
   import matplotlib
   from matplotlib.figure import Figure
 
-  rows, measure = table["rows"], table["compared"]
+  rows, measure, blue = table["rows"], table["compared"], "#1f5fa8"
   full = next(row for row in rows if row["name"] == "full")
   with matplotlib.rc_context({"svg.hashsalt": "ablation", "font.size": 9}):
     figure = Figure(figsize=(10, 1.4 + 0.26 * len(rows)), layout="constrained")
@@ -474,17 +477,22 @@ def plot(table: dict[str, Any]) -> bytes:
     for panel, (system, short) in zip(panels, SYSTEMS.items()):
       line = full["mean"][system][measure]
       panel.axvline(line, color="0.6", linewidth=0.8, zorder=0)
-      for y, row in enumerate(rows):
-        if system not in row["mean"]:
-          continue
-        own = (row["minus_full"] or {}).get(system)
+      drawn = sorted(enumerate(rows), key=lambda pair: pair[1]["group"] == "baseline")  # last, when the axis is set
+      for y, row in [(y, row) for y, row in drawn if system in row["mean"]]:
+        mean, own = row["mean"][system][measure], (row["minus_full"] or {}).get(system)
+        if row["group"] == "baseline":
+          panel.set_xlim(panel.get_xlim())
+          left, right = panel.get_xlim()
+          if not left <= mean <= right:
+            at, side, text = (left, "left", f"◂ {mean:.3f}") if mean < left else (right, "right", f"{mean:.3f} ▸")
+            panel.text(at, y, text, ha=side, va="center", color=blue)
+            continue
         if own:
-          panel.plot([line + own["low"], line + own["high"]], [y, y], color="#1f5fa8", linewidth=1.4, zorder=1)
+          panel.plot([line + own["low"], line + own["high"]], [y, y], color=blue, linewidth=1.4, zorder=1)
         seeds = [values[system][measure] for values in row["seeds"].values()]
         if len(seeds) > 1:
           panel.plot(seeds, [y] * len(seeds), "o", color="#e08214", markersize=3.5, alpha=0.9, zorder=2)
-        mean = row["mean"][system][measure]
-        panel.plot([mean], [y], "D", color="#1f5fa8", markersize=4.5, zorder=3)
+        panel.plot([mean], [y], "D", color=blue, markersize=4.5, zorder=3)
       panel.set_title(f"{short}: {measure}")
       panel.grid(axis="x", color="0.9", linewidth=0.6)
       panel.set_axisbelow(True)
@@ -492,7 +500,7 @@ def plot(table: dict[str, Any]) -> bytes:
         panel.spines[side].set_visible(False)
       panel.tick_params(axis="y", length=0)
     panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(rows) - 0.4, -0.6)
     figure.supxlabel(
       "Diamond: mean, with the 95 % interval of its difference to full (queries drawn again). Dots: seeds. Line: full.",
       fontsize=8,
