@@ -671,7 +671,6 @@ def show(hits: Sequence[Hit], matched: Sequence[str] = ()) -> None:
 
 VERBS = {
   "run": run,
-  "ablate": ablate,
   "encode": encode,
   "index": index,
   "search": search,
@@ -681,5 +680,6 @@ VERBS = {
   "data": data,
   "import": bring,
   "export": export,
+  "ablate": ablate,
   "plan": plan,
 }
