@@ -240,9 +240,11 @@ def ablate(
 
 def digest(c: Config, name: str) -> str:
   """12 hex digits of all that a stage before the cascade, and those before it, may read of a configuration."""
-  read: dict[str, Any] = {"seed": c.seed, "data": dataclasses.asdict(c.data), "model": dataclasses.asdict(c.model)}
-  if name not in ("prepare", "baselines"):
-    read = dataclasses.asdict(c)
+  read = dataclasses.asdict(c)
+  if name in ("prepare", "baselines"):
+    # Post-training brings texts and a head of its own, which are there from the beginning.
+    read = {field: read[field] for field in ("seed", "data", "model", "post") if field in read}
+  else:
     for later in SECTIONS[SECTIONS.index(SERVES.get(name, name)) + 1 :]:
       read.pop(later, None)
   if "mine" in read:  # these are read later
