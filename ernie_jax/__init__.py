@@ -32,6 +32,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   hard negatives                        mining.py
   curves and tables as one page         report.py
   the training strategy, stage by stage recipe.py
+  the method without each of its parts  ablate.py
   a pod run, planned by the compiler    plan.py
   the scorers as ONNX graphs            graph.py
   others' layouts of a model            export.py

@@ -47,6 +47,9 @@ USAGE = """usage: ernie-jax VERB ...
       released weights (Hugging Face, sentence-transformers, PyLate, PaddleNLP, RocketQA) as a model for the verbs above
   export RUN --to sentence-transformers|pylate|cross-encoder|hf|onnx --output DIR
       a finished run's model in the layout of another tool, with a model card
+  ablate CONFIG --output DIR [--seeds 0 1 2] [--rows loss controls strategy full de_only ...] [--cascade.steps 200] ...
+      the method without each of its parts, from the same start: a table with deviations over seeds and paired tests,
+      and a plot; the same command continues, and further rows are added
   plan CONFIG --topology v5e:16x16 [--stage cascade] [--sweep] [--cascade.batch 4096] ...
       memory, communication and time of a stage's step on a TPU slice, from the compiler, without a TPU
 

@@ -108,35 +108,21 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
   start = time.monotonic()
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(f"this is one of {jax.process_count()} hosts, each would be a run: add --multihost")
-  for name in TRAINED:  # now, not after hours
-    try:
-      step.divides(getattr(settings, name), jax.device_count())
-    except UserError as error:
-      raise UserError(f"{name}.{error}") from error
+  divides(settings)
   mesh.agree("the command", json.dumps([str(directory), fresh, dataclasses.asdict(settings)]))
   lead("claim", lambda: claim(directory, settings, fresh))
   shared(directory)
   with jax.set_mesh(mesh.make()):
     current = prepare(directory, settings)
     current.stage("baselines", lambda _: baselines(current))
-    interaction = fit(current, "interaction", current.params, None)
-    students = {"interaction": interaction}  # what comes before the cascade, though its stage be left out
-    mined = current.stage("mine", lambda place: mine(current, interaction, place))
-    negatives = hard(current, directory / "mine" / NEGATIVES)
-    start = with_student_s_encoder(interaction) if settings.model.teacher_from_student else interaction
-    warm = fit(current, "warmup", start, negatives)
-    check = None
-    if settings.cascade.steps and settings.cascade.needs_cross:
-      check = current.stage("check", lambda _: check_teacher(current, interaction, warm))
-    if settings.mine.judged:
-      current.stage("denoise", lambda place: denoise(current, warm, place))
-      negatives = hard(current, directory / "denoise" / NEGATIVES)
+    begun = before_cascade(current)
+    students = {"interaction": begun.student}  # what comes before the cascade, though its stage be left out
     best = "interaction"
     if settings.cascade.steps:
-      students["cascade"] = fit(current, "cascade", warm, negatives)
+      students["cascade"] = fit(current, "cascade", begun.params, begun.negatives)
       encoding = current.stage("encode", lambda place: encode(current, students["cascade"], place))
-      best = "interaction" if mined["dev"]["MRR@10"] > encoding["dev"]["MRR@10"] else "cascade"
-    teacher = students.get("cascade", warm)
+      best = "interaction" if begun.mined["dev"]["MRR@10"] > encoding["dev"]["MRR@10"] else "cascade"
+    teacher = students.get("cascade", begun.params)
     results = current.stage("evaluate", lambda _: measure(current, students, best, teacher))
   stages = {name: read(path) for name in STAGES if (path := directory / name / "manifest.json").is_file()}
   results = {k: v for k, v in results.items() if k != "seconds"}
@@ -148,7 +134,7 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
     "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
     "stages": stages,
     "best_stage": best,
-    "teacher_check": check,
+    "teacher_check": begun.check,
   }
 
   def conclude() -> None:
@@ -159,6 +145,20 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
 
   lead("conclude", conclude)
   return results
+
+
+def divides(settings: Config) -> None:
+  """`UserError` unless every stage's batch divides over the devices: now, not after hours."""
+  for name, stage in trained(settings).items():
+    try:
+      step.divides(stage, jax.device_count())
+    except UserError as error:
+      raise UserError(f"{name}.{error}") from error
+
+
+def trained(settings: Config) -> dict[str, config.Train]:
+  """The training stages that are not left out."""
+  return {name: stage for name in TRAINED if (stage := getattr(settings, name)).steps}
 
 
 def lead(what: str, work: Callable[[], Any]) -> None:
@@ -187,9 +187,9 @@ def shared(directory: Path) -> None:
     ) from None
 
 
-def claim(directory: Path, settings: Config, fresh: bool) -> None:
-  """Makes the folder a run of this configuration, or checks that it is one."""
-  path = directory / "config.json"
+def claim(directory: Path, settings: Config, fresh: bool, what: str = "run", file: str = "config.json") -> None:
+  """Makes the folder a run (or `what`) of this configuration, or checks that it is one."""
+  path = directory / file
   wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
   if directory.exists() and not directory.is_dir():
     raise UserError(f"--output {directory}: is a file; name a folder")
@@ -197,11 +197,11 @@ def claim(directory: Path, settings: Config, fresh: bool) -> None:
   # Other tools leave a config.json too: only a run's own is ever deleted or continued.
   ours = isinstance(found, dict) and {"seed", *TRAINED} <= set(found)
   if not ours and directory.is_dir() and any(directory.iterdir()):
-    raise UserError(f"--output {directory}: holds files but no run; name an empty or a new folder")
+    raise UserError(f"--output {directory}: holds files but no {what}; name an empty or a new folder")
   if fresh and ours:
     shutil.rmtree(directory)
   if fresh or not ours:
-    config.write(folder(directory) / "config.json", json.dumps(wanted, indent=2))
+    config.write(folder(directory) / file, json.dumps(wanted, indent=2))
   elif found is not None and found != wanted:
     new = flat(wanted)
     # Fields that are younger than the run have their defaults.
@@ -330,17 +330,7 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
       f"model.teacher_from_student=True: the student has {shapes[0].layers} layers of width {shapes[0].width}, the "
       f"cross-encoder {shapes[1].layers} of {shapes[1].width}; set it to False"
     )
-  rate = encoder.with_dropout(shapes[0], settings.model.dropout)
-  for name in TRAINED:
-    if max(rate.dropout, rate.attention_dropout) == 0 and getattr(settings, name).on.needs_twin:
-      raise UserError(f"{name}.weights.dualreg_query: without dropout DualReg is 0; set its weights to 0")
-  needed = max(getattr(settings, name).negatives for name in TRAINED)
-  most = max(int(q.positives.lengths.max()) for q in data.queries.values())
-  copies = int(np.bincount(data.corpus.identity).max())
-  if len(passages) < needed + most * copies:
-    raise UserError(
-      f"negatives={needed}: the corpus of {len(passages)} passages is too small for so many beside the positives"
-    )
+  suits(settings, data, shapes[0])
   store = lambda split: tokens.store(data, split, tokenizer, settings.data)
   current = Run(
     directory,
@@ -366,6 +356,22 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     say(f"  prepare took {clock(time.monotonic() - begin)}")
   say(f"  {len(passages)} passages, {len(data.queries['train'].ids)} training queries, from {read(known)['start']}")
   return current, (student, teacher), shapes
+
+
+def suits(settings: Config, data: datasets.Dataset, student: config.Architecture) -> None:
+  """`UserError` if a stage asks for dropout that the student lacks, or for more negatives than there are passages."""
+  rate = encoder.with_dropout(student, settings.model.dropout)
+  for name, stage in trained(settings).items():
+    if max(rate.dropout, rate.attention_dropout) == 0 and stage.on.needs_twin:
+      raise UserError(f"{name}.weights.dualreg_query: without dropout DualReg is 0; set its weights to 0")
+  needed = max((stage.negatives for stage in trained(settings).values()), default=0)
+  most = max(int(q.positives.lengths.max()) for q in data.queries.values())
+  copies = int(np.bincount(data.corpus.identity).max())
+  if len(data.corpus.passages) < needed + most * copies:
+    raise UserError(
+      f"negatives={needed}: the corpus of {len(data.corpus.passages)} passages is too small for so many beside the "
+      "positives"
+    )
 
 
 def start(field: str, name: str, cache: Path, *, teacher: bool = False) -> pretrained.Checkpoint | None:
@@ -403,6 +409,34 @@ def baselines(current: Run) -> dict[str, Any]:
     "bm25": current.measure("bm25", "test", *by_words),
     "zero_shot": current.measure("zero_shot", "test", *found),
   }
+
+
+@dataclasses.dataclass(frozen=True)
+class Begun:
+  """What the cascade begins with."""
+
+  student: Params  # after interaction distillation
+  params: Params  # after the cross-encoder's warm-up
+  negatives: Ragged  # passage rows of each training query
+  mined: dict[str, Any]  # the result of `mine`
+  check: dict[str, Any] | None  # of the teacher; None where none teaches
+
+
+def before_cascade(current: Run) -> Begun:
+  """Every stage between `baselines` and the cascade."""
+  settings, directory = current.config, current.directory
+  interaction = fit(current, "interaction", current.params, None)
+  mined = current.stage("mine", lambda place: mine(current, interaction, place))
+  negatives = hard(current, directory / "mine" / NEGATIVES)
+  start = with_student_s_encoder(interaction) if settings.model.teacher_from_student else interaction
+  warm = fit(current, "warmup", start, negatives)
+  check = None
+  if settings.cascade.steps and settings.cascade.needs_cross:
+    check = current.stage("check", lambda _: check_teacher(current, interaction, warm))
+  if settings.mine.judged:
+    current.stage("denoise", lambda place: denoise(current, warm, place))
+    negatives = hard(current, directory / "denoise" / NEGATIVES)
+  return Begun(interaction, warm, negatives, mined, check)
 
 
 def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Params:
@@ -644,6 +678,20 @@ def encode(current: Run, params: Params, place: Path) -> dict[str, Any]:
   return {"dev": encode_corpus(current, params, place)[1]}
 
 
+def measure_student(current: Run, name: str, params: Params) -> tuple[dict[str, dict[str, float]], np.ndarray]:
+  """Test metrics of a training stage's student, dual-encoder and late interaction; the former's passage rows [Q, k]."""
+  e = current.config.evaluate
+  passages = collection.load(current.directory / encoded_in(name))
+  queries = current.encode(params, current.queries["test"], "test queries", late=True)
+  values, found = search(current, queries, passages, max(DEPTH, e.late_depth, e.cross_depth))
+  tokens = token_vectors(current, params, passages)
+  late = retrieval.rerank_late(queries, found[:, : e.late_depth], tokens, each_passage(current, params))
+  return {
+    "dual": current.measure(f"dual.{name}", "test", values, found),
+    "late": current.measure(f"late.{name}", "test", *retrieval.reorder(found[:, : e.late_depth], late)),
+  }, found
+
+
 def measure(current: Run, students: dict[str, Params], best: str, teacher: Params) -> dict[str, Any]:
   """Test metrics of the students, and of the cross-encoder over the better one's list; keeps that model.
 
@@ -653,15 +701,7 @@ def measure(current: Run, students: dict[str, Params], best: str, teacher: Param
   stages: dict[str, dict[str, dict[str, float]]] = {}
   chosen = np.zeros((0, 0), int)
   for name, params in students.items():
-    passages = collection.load(current.directory / encoded_in(name))
-    queries = current.encode(params, current.queries["test"], "test queries", late=True)
-    values, found = search(current, queries, passages, max(DEPTH, e.late_depth, e.cross_depth))
-    tokens = token_vectors(current, params, passages)
-    late = retrieval.rerank_late(queries, found[:, : e.late_depth], tokens, each_passage(current, params))
-    stages[name] = {
-      "dual": current.measure(f"dual.{name}", "test", values, found),
-      "late": current.measure(f"late.{name}", "test", *retrieval.reorder(found[:, : e.late_depth], late)),
-    }
+    stages[name], found = measure_student(current, name, params)
     chosen = found[:, : e.cross_depth] if name == best else chosen
   model = keep(current, students[best], teacher, best)
   cross = retrieval.rerank_cross(model, current.queries["test"], current.passages, chosen, current.template)

@@ -40,6 +40,21 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ablate:
+  """Measures what each part of the method contributes; the same command continues, and further rows are added.
+
+  Groups of rows: loss (without each term, pairs and all of them), controls (DE only, no teacher, uniform teacher, no
+  cascade), strategy (without a stage or technique), own (those in the configuration file's `rows = {name: config}`).
+  """
+
+  output: Path  # the folder of the table, and of a run for each row and seed
+  config: Annotated[Config, tyro.conf.arg(name="")]  # its fields are flags without a prefix
+  seeds: tuple[int, ...] = (0, 1, 2)  # of the cascade; what comes before has --seed, once for all rows
+  rows: tuple[str, ...] = ()  # names of rows and groups; empty: loss and controls. `full` is always among them
+  fresh: bool = False  # delete what the folder holds of an earlier ablation, and start anew
+
+
+@dataclasses.dataclass(frozen=True)
 class Encode:
   """Encodes a corpus, or the queries of a split, into a folder; the same command continues after an interruption."""
 
@@ -197,22 +212,35 @@ def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) ->
     raise UserError(f"{words}; `ernie-jax {verb} --help` lists all flags") from None
 
 
-def load_config(path: str) -> Config:
-  """The `config` of a configuration file."""
+def load(path: str) -> dict[str, Any]:
+  """What a configuration file defines; `config` is one."""
   if not Path(path).is_file():
     raise UserError(f"{path}: no such configuration file; try configs/quickstart.py")
   sys.path.insert(0, str(Path(path).resolve().parent))  # a configuration may import another one beside it
   try:
-    found = runpy.run_path(path).get("config")
+    found = runpy.run_path(path)
   except UserError as error:
     raise UserError(f"{path}: {error}") from error
   except Exception as error:  # whatever a Python file can raise
     raise UserError(f"{path}: {type(error).__name__}: {error}") from error
   finally:
     del sys.path[0]
-  if not isinstance(found, Config):
+  if not isinstance(found.get("config"), Config):
     raise UserError(f"{path}: defines no `config = Config(...)`")
   return found
+
+
+def load_config(path: str) -> Config:
+  """The `config` of a configuration file."""
+  return load(path)["config"]
+
+
+def load_rows(path: str) -> dict[str, Config]:
+  """The `rows` of a configuration file: further configurations to compare."""
+  rows = load(path).get("rows", {})
+  if not isinstance(rows, dict) or not all(isinstance(c, Config) for c in rows.values()):
+    raise UserError(f"{path}: its `rows` must be {{'name': Config(...), ...}}")
+  return rows
 
 
 def named_config(args: Sequence[str], verb: str, example: str) -> tuple[bool, Config]:
@@ -249,6 +277,30 @@ def run(args: Sequence[str]) -> None:
   print(evaluate.table({name: results[name] for name in evaluate.SYSTEMS}))
   print(f"{chosen.output}: metrics.json, report.html, runs/, model/")
   print(f"next: ernie-jax search {chosen.output}")
+
+
+def ablate(args: Sequence[str]) -> None:
+  named, settings = named_config(args, "ablate", "configs/quickstart.py")
+  output = Path("runs") / f"{Path(args[0]).stem if named else 'NAME'}-ablation"
+  chosen = parse(Ablate, "ablate CONFIG", args[named:], Ablate(output, settings))
+  # The flags are of every row: those of the file too.
+  own = {
+    name: parse(Ablate, "ablate CONFIG", args[named:], Ablate(output, c)).config
+    for name, c in load_rows(args[0]).items()
+  }
+  import absl.logging
+
+  from ernie_jax import ablate as ablation
+  from ernie_jax import evaluate
+
+  SIGNALS.take(signal.SIGTERM)
+  absl.logging.set_verbosity(absl.logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  rows = chosen.rows or ablation.USUAL
+  table = ablation.ablate(chosen.config, chosen.output, chosen.seeds, rows, own, chosen.fresh)
+  print(evaluate.aligned(ablation.cells(table)))
+  print(f"{chosen.output}: ablation.md, ablation.csv, ablation.svg, ablation.json, and a run for each row and seed")
+  print(f"next: ernie-jax report {chosen.output}")
 
 
 def data(args: Sequence[str]) -> None:
@@ -628,5 +680,6 @@ VERBS = {
   "data": data,
   "import": bring,
   "export": export,
+  "ablate": ablate,
   "plan": plan,
 }

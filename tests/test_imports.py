@@ -37,6 +37,7 @@ ORDER = [
   "mining",
   "report",
   "recipe",
+  "ablate",
   "plan",
   "graph",
   "export",

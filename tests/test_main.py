@@ -35,7 +35,7 @@ def cache(tmp_path_factory):
     (["run", "nowhere.py"], "nowhere.py: no such configuration file"),
     (["run", TINY, "--cascade.stepps", "3"], "--cascade.stepps"),
     (["run", TINY, "--cascade.steps", "many"], "--cascade.steps"),
-    (["run", TINY, "--cascade.steps", "0"], "steps=0: must be at least 1"),
+    (["run", TINY, "--cascade.steps", "-1"], "steps=-1: must be 0 or more"),
     (["run", TINY, "--model.pooling", "max"], "--model.pooling"),
     (["run", TINY, "--data.packages", "nosuchpackage"], "'nosuchpackage' is not installed"),
     (["run", TINY, "--model.start", "/nowhere"], "model.start='/nowhere': no such directory"),
