@@ -47,6 +47,9 @@ USAGE = """usage: ernie-jax VERB ...
       released weights (Hugging Face, sentence-transformers, PyLate, PaddleNLP, RocketQA) as a model for the verbs above
   export RUN --to sentence-transformers|pylate|cross-encoder|hf|onnx --output DIR
       a finished run's model in the layout of another tool, with a model card
+  report RUN [RUN ...] [--output FILE]
+      one page of a finished run: results, curves, samples where its rankers disagree, attention maps; of several runs
+      and ablations: side by side, and what they were told differently
   plan CONFIG --topology v5e:16x16 [--stage cascade] [--sweep] [--cascade.batch 4096] ...
       memory, communication and time of a stage's step on a TPU slice, from the compiler, without a TPU
 
