@@ -299,13 +299,13 @@ h2 + h3, h2 + h3.kind { margin-top: 0; }
 .map { width: auto; border-collapse: separate; border-spacing: 1px; font-size: .72rem; }
 .map caption { text-align: left; font-size: .85rem; padding-bottom: .3rem; white-space: nowrap;
   position: sticky; left: 0; width: max-content; }
-.map th, .map td { min-width: 0; padding: 0; border: 0; font-weight: 400; line-height: 1.1; }
+.map th, .map td, .map th:first-child { min-width: 0; padding: 0; border: 0; font-weight: 400; line-height: 1.1; }
 .map tbody td { width: .82rem; min-width: .82rem; height: .95rem;
   background: color-mix(in srgb, var(--strong) var(--a), var(--page)); }
 .map .rest { border-left: .3rem solid var(--card); background-clip: padding-box; }
-.map thead th { vertical-align: bottom; font-size: inherit; color: inherit; }
-.map thead span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 6.5rem; overflow: hidden;
-  white-space: nowrap; }
+.map thead th { vertical-align: bottom; text-align: center; font-size: inherit; color: inherit; }
+.map thead span { display: inline-block; writing-mode: vertical-rl; max-height: 7rem; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
 .map th[scope=row] { padding-right: .4rem; white-space: nowrap; position: sticky; left: 0;
   background: var(--card); text-align: right; }
 .scale { display: inline-block; width: 6rem; height: .7rem; margin: 0 .4rem; vertical-align: baseline;
@@ -326,6 +326,7 @@ summary { cursor: pointer; color: var(--soft); }
 pre { overflow-x: auto; font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace;
   margin: .8rem 0 0; }
 @media (max-width: 34rem) { main { padding: 1.5rem .7rem 3rem; } section { padding: 1rem .9rem; }
+  th, td { min-width: 4.2rem; padding-inline: .4rem; } th:first-child { min-width: 7.5rem; }
   .found { grid-template-columns: 1fr; } .bar { grid-template-columns: 7rem 1fr 4.2rem; gap: .6rem; } }
 @media print { section { break-inside: avoid; } }
 """
