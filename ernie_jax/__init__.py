@@ -30,6 +30,8 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   search over it, with hits             search.py
   metrics                               evaluate.py
   hard negatives                        mining.py
+  attention maps of some pairs          attention.py
+  charts, tables, the page around them  draw.py
   curves and tables as one page         report.py
   the training strategy, stage by stage recipe.py
   the method without each of its parts  ablate.py

@@ -50,6 +50,9 @@ USAGE = """usage: ernie-jax VERB ...
   ablate CONFIG --output DIR [--seeds 0 1 2] [--rows loss controls strategy full de_only ...] [--cascade.steps 200] ...
       the method without each of its parts, from the same start: a table with deviations over seeds and paired tests,
       and a plot; the same command continues, and further rows are added
+  report RUN [RUN ...] [--output FILE]
+      one page of a finished run: results, curves, samples where its rankers disagree, attention maps; of several runs
+      and ablations: side by side, and what they were told differently
   plan CONFIG --topology v5e:16x16 [--stage cascade] [--sweep] [--cascade.batch 4096] ...
       memory, communication and time of a stage's step on a TPU slice, from the compiler, without a TPU
 

@@ -50,6 +50,14 @@ def check(condition: bool, field: str, value: Any, remedy: str) -> None:
     raise UserError(f"{field}={value!r}: {remedy}")
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """{"a": {"b": 1}} -> {"a.b": 1}"""
+  pairs: dict[str, Any] = {}
+  for name, value in tree.items():
+    pairs |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+  return pairs
+
+
 def must_be_new(folder: Path) -> None:
   """`UserError` unless `--output` can be made, or is an empty folder."""
   if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

@@ -79,6 +79,11 @@ def read_qrels(path: str | Path) -> Qrels:
   return _read(_parsed(path, "qid 0 pid rel", value=3, parse=_relevance))
 
 
+def write_queries(queries: Iterable[tuple[str, str]], path: str | Path) -> None:
+  """Writes ids and texts as lines `qid TAB query`, each text on one line; raises `UserError` as `write_run` does."""
+  config.write(Path(path), (f"{_id(qid, path)}\t{' '.join(text.split())}\n" for qid, text in queries))
+
+
 def read_queries(path: str | Path) -> dict[str, str]:
   """Reads lines `qid TAB query`: {query id: text}. Raises `UserError` as `read_run` does."""
   found: dict[str, str] = {}

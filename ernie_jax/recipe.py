@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from ernie_jax import (
+  attention,
   batches,
   checkpoints,
   collection,
@@ -44,7 +45,7 @@ from ernie_jax import (
 )
 from ernie_jax.bm25 import BM25
 from ernie_jax.columns import Ragged
-from ernie_jax.config import Config, Interrupted, UserError
+from ernie_jax.config import Config, Interrupted, UserError, flat
 from ernie_jax.progress import clock, say
 from ernie_jax.scores import Params, Student, Teacher, late_width
 from ernie_jax.train import finished, train
@@ -123,6 +124,7 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
       encoding = current.stage("encode", lambda place: encode(current, students["cascade"], place))
       best = "interaction" if begun.mined["dev"]["MRR@10"] > encoding["dev"]["MRR@10"] else "cascade"
     teacher = students.get("cascade", begun.params)
+    look(current, {"before": begun.params, "after": teacher}, directory / "evaluate" / "attention.json")
     results = current.stage("evaluate", lambda _: measure(current, students, best, teacher))
   stages = {name: read(path) for name in STAGES if (path := directory / name / "manifest.json").is_file()}
   results = {k: v for k, v in results.items() if k != "seconds"}
@@ -214,14 +216,6 @@ def claim(directory: Path, settings: Config, fresh: bool, what: str = "run", fil
       f"--output {directory}: holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
       "name another folder, or add --fresh to start anew"
     )
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{"a": {"b": 1}} -> {"a.b": 1}"""
-  pairs: dict[str, Any] = {}
-  for name, value in tree.items():
-    pairs |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return pairs
 
 
 def folder(path: Path) -> Path:
@@ -345,6 +339,8 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     collection.write_texts(place, data.corpus.ids, data.corpus.titles, data.corpus.texts, data.fingerprint)
     for split in data.queries:
       evaluate.write_qrels(data.qrels(split), place / f"qrels.{split}.trec")
+    test = data.queries["test"]
+    evaluate.write_queries(zip(test.ids, test.texts), place / "queries.test.tsv")
     sizes = {split: len(q.ids) for split, q in data.queries.items()}
     result = {
       "data": {"fingerprint": data.fingerprint, "passages": len(passages), "queries": sizes},
@@ -719,6 +715,26 @@ def measure(current: Run, students: dict[str, Params], best: str, teacher: Param
   reread = lambda name: evaluate.read_run(current.directory / "runs" / f"test.{name}.trec")
   dual, bm25 = (evaluate.per_query(reread(name), qrels, "MRR@10") for name in (f"dual.{best}", "bm25"))
   return results | {"dual_minus_bm25": {"MRR@10": evaluate.bootstrap(dual, bm25)}}
+
+
+def look(current: Run, trained: dict[str, Params], path: Path) -> None:
+  """Attention maps of a few test queries, drawn from the seed, with their positives, unless they are there."""
+  data, c, test = current.data, current.config, current.data.queries["test"]
+  rows = np.sort(np.random.default_rng(c.seed).permutation(len(test.ids))[:3]).tolist()
+  best = [int(test.positives[row][0]) for row in rows]
+  temperature = (c.cascade.final_temperature or c.cascade.temperature).attention
+
+  def write() -> None:
+    if path.is_file():
+      return
+    texts = [current.queries["test"][row] for row in rows], [current.passages[row] for row in best]
+    pairs = attention.record(trained, c.model, *texts, current.template, temperature)
+    for pair, row, positive in zip(pairs, rows, best):
+      pair |= {"query": test.ids[row], "text": test.texts[row], "passage": data.corpus.ids[positive]}
+    folder(path.parent)
+    config.write(path, json.dumps({"temperature": temperature, "pairs": pairs}, ensure_ascii=False))
+
+  lead(str(path), write)
 
 
 def keep(current: Run, student_params: Params, teacher_params: Params, best: str) -> Params:

@@ -194,6 +194,15 @@ class Evaluate:
   model: Path | None = None  # of an encoded corpus: where the model lies, if not where it lay when it encoded
 
 
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """Draws one page: of a finished run its results, curves, samples and attention maps, of several a comparison."""
+
+  # finished runs, and folders of `ernie-jax ablate`
+  runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")] = ()
+  output: Path | None = None  # the page; None: report.html, of one run in its folder, of several here
+
+
 def parse(kind: type[T], verb: str, args: Sequence[str], default: Any = None) -> T:
   """Typed flags over a default; a wrong flag becomes one line."""
   errors = io.StringIO()
@@ -641,6 +650,21 @@ def plan(args: Sequence[str]) -> None:
   print(planning.table(planning.plan(chosen.config, chosen.stage, chosen.topology)))
 
 
+def report(args: Sequence[str]) -> None:
+  chosen = parse(Report, "report", args)
+  if not chosen.runs:
+    raise UserError("report: name a finished run: `ernie-jax report RUN [RUN ...]`")
+  output = chosen.output
+  if output and (output.is_dir() or not output.resolve().parent.is_dir()):
+    raise UserError(f"--output {output}: cannot be a file there; name one in a folder that exists")
+  from ernie_jax import report as pages
+
+  if len(chosen.runs) == 1:
+    print(pages.write_report(chosen.runs[0], output))
+  else:
+    print(pages.write_comparison(chosen.runs, output or Path("report.html")))
+
+
 def serve(args: Sequence[str]) -> None:
   chosen = parse(Serve, "serve", args)
   try:
@@ -681,5 +705,6 @@ VERBS = {
   "import": bring,
   "export": export,
   "ablate": ablate,
+  "report": report,
   "plan": plan,
 }

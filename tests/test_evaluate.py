@@ -134,6 +134,16 @@ def test_scores_closer_than_single_precision_keep_their_order():
   assert set(evaluate.metrics(run, {"q": {"p0": 1}}).values()) == {1}
 
 
+def test_queries_are_read_as_they_were_written_on_one_line_each(tmp_path):
+  queries = {"q1": "a b", "q2": "tab\tand\nline", "q3": "  \u3000wide\u2028 "}
+  evaluate.write_queries(queries.items(), tmp_path / "queries.tsv")
+  read = evaluate.read_queries(tmp_path / "queries.tsv")
+  assert read == {"q1": "a b", "q2": "tab and line", "q3": "wide"}
+  with pytest.raises(UserError, match="id 'q 4'"):
+    evaluate.write_queries([("q 4", "text")], tmp_path / "queries.tsv")
+  assert evaluate.read_queries(tmp_path / "queries.tsv") == read
+
+
 def test_per_query_means_are_the_metrics():
   run, qrels = random_run(7)
   for name, value in evaluate.metrics(run, qrels).items():

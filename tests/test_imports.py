@@ -35,6 +35,8 @@ ORDER = [
   "search",
   "evaluate",
   "mining",
+  "attention",
+  "draw",
   "report",
   "recipe",
   "ablate",

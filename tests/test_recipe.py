@@ -70,6 +70,27 @@ def test_it_leaves_what_the_readme_says(whole):
     assert list((directory / stage / "tensorboard").glob("events*"))
 
 
+def test_attention_maps_are_of_test_queries_and_what_the_cascade_changed(whole):
+  directory, _ = whole
+  qrels = evaluate.read_qrels(directory / "prepare" / "qrels.test.trec")
+  queries = evaluate.read_queries(directory / "prepare" / "queries.test.tsv")
+  assert queries.keys() == qrels.keys()
+  pairs = json.loads((directory / "evaluate" / "attention.json").read_text())["pairs"]
+  assert len(pairs) == len({pair["query"] for pair in pairs}) == 3
+  page = (directory / "report.html").read_text()
+  assert page.count("<table class=map>") == 12
+  assert "Where the rankers disagree" in page
+  for pair in pairs:
+    assert pair["passage"] in qrels[pair["query"]]
+    assert " ".join(pair["text"].split()) == queries[pair["query"]]
+    assert pair["before"] != pair["after"]
+    for when in ("before", "after"):
+      for system in ("cross", "late"):
+        values = np.array(pair[when][system])
+        assert values.shape == (len(pair["query_tokens"]), len(pair["passage_tokens"]) + bool(pair["more"]))
+        np.testing.assert_allclose(values.sum(1), 1, atol=0.0005 * values.shape[1])
+
+
 def test_training_helps(whole):
   directory, _ = whole
   results = json.loads((directory / "metrics.json").read_text())
