@@ -2,8 +2,8 @@
 
 python benchmarks/terms.py
 
-Shapes of `configs/small_student.py`: three layers of width 384 under a cross-encoder of six; counted by the compiler on
-a CPU, layers unrolled (it counts a loop's body once). "model" are `cost.flops`: matrix products that the method asks for.
+Shapes of `configs/small_student.py`: three layers of width 384 under a cross-encoder of six; counted by the compiler
+on a CPU, layers unrolled (it counts a loop's body once). "model" is `cost.flops`: the matrix products asked for.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from ernie_jax import batches, config, cost, encoder, scores, step
+from ernie_jax import batches, cost, encoder, scores, step
 from ernie_jax.config import Architecture, Data, Model, Train, Weights
 
 STUDENT = Architecture(vocabulary=30522, width=384, layers=3, heads=12, inner=1536, dropout=0.1)

@@ -3,3 +3,21 @@
 ernie-jax run configs/quickstart.py --output runs/quickstart       (its encoder is where the cross-encoder starts)
 ernie-jax ablate configs/small_student.py --output runs/small_student
 """
+
+import dataclasses
+
+import quickstart
+
+from ernie_jax.config import Evaluate, Optimizer, Train, Weights
+
+settings = quickstart.config
+
+config = dataclasses.replace(
+  settings,
+  model=dataclasses.replace(settings.model, start_layers=(0, 1, 2), teacher_start="runs/quickstart"),
+  warmup=Train(
+    steps=700, batch=8, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=5e-5)
+  ),
+  cascade=dataclasses.replace(settings.cascade, steps=150, optimizer=Optimizer(learning_rate=1e-4)),
+  evaluate=Evaluate(late_depth=100, cross_depth=20, teacher_queries=329),
+)

@@ -1,13 +1,13 @@
 """Settings: every check names field, value and remedy."""
 
 import dataclasses
-import runpy
 from pathlib import Path
 
 import pytest
 
 from ernie_jax import config
 from ernie_jax.config import UserError, Weights
+from ernie_jax.verbs import load_config
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -83,7 +83,7 @@ def test_weights_say_what_they_need():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_file_holds_a_configuration(path):
-  assert isinstance(runpy.run_path(str(path))["config"], config.Config)
+  assert isinstance(load_config(str(path)), config.Config)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
