@@ -1,10 +1,10 @@
 """The training strategy from end to end, as stages (METHOD: training strategy).
 
-  prepare -> baselines -> interaction -> mine -> warmup -> check -> denoise -> cascade -> encode -> evaluate
+  prepare -> baselines -> post -> interaction -> mine -> warmup -> check -> denoise -> cascade -> encode -> evaluate
 
 Each stage owns a folder of the run and ends by writing `manifest.json` there; a stage that has one is done, and its
-result is read back. So the same command, given again, continues where it was stopped. `denoise` is a stage only where
-`mine.denoise` or `mine.margin` asks for it.
+result is read back. So the same command, given again, continues where it was stopped. `post` is a stage only where
+`post.steps` asks for it, `denoise` only where `mine.denoise` or `mine.margin` does.
 """
 
 from __future__ import annotations
@@ -32,11 +32,14 @@ from ernie_jax import (
   encoder,
   evaluate,
   hub,
+  masking,
   mesh,
   mining,
   pretrained,
+  pseudo,
   report,
   retrieval,
+  scores,
   step,
   templates,
   tokens,
@@ -44,13 +47,26 @@ from ernie_jax import (
 )
 from ernie_jax.bm25 import BM25
 from ernie_jax.columns import Ragged
-from ernie_jax.config import Config, Interrupted, UserError
+from ernie_jax.config import Config, Interrupted, UserError, Weights
+from ernie_jax.datasets import files
 from ernie_jax.progress import clock, say
 from ernie_jax.scores import Params, Student, Teacher, late_width
-from ernie_jax.train import finished, train
+from ernie_jax.train import Trained, finished, train
 
-STAGES = ("prepare", "baselines", "interaction", "mine", "warmup", "check", "denoise", "cascade", "encode", "evaluate")
-TRAINED = ("interaction", "warmup", "cascade")
+STAGES = (
+  "prepare",
+  "baselines",
+  "post",
+  "interaction",
+  "mine",
+  "warmup",
+  "check",
+  "denoise",
+  "cascade",
+  "encode",
+  "evaluate",
+)
+TRAINED = {"post": 3, "interaction": 0, "warmup": 1, "cascade": 2}  # and a number, for the seed of each
 DEPTH = 100  # of the dual-encoder's run files
 NEGATIVES = "negatives.trec"
 
@@ -70,6 +86,8 @@ class Run:
   queries: dict[str, Ragged]  # by split
   identity: np.ndarray
   params: Params = dataclasses.field(default_factory=dict)  # to start from
+  masked: Params = dataclasses.field(default_factory=dict)  # the head of masked language modelling, where it is used
+  further: tuple[Ragged, ...] = ()  # texts besides the corpus: post.mlm_texts
 
   @property
   def template(self) -> templates.Template:
@@ -109,6 +127,8 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
   if jax.process_count() > 1 and not jax.distributed.is_initialized():
     raise UserError(f"this is one of {jax.process_count()} hosts, each would be a run: add --multihost")
   for name in TRAINED:  # now, not after hours
+    if not getattr(settings, name).steps:
+      continue
     try:
       step.divides(getattr(settings, name), jax.device_count())
     except UserError as error:
@@ -119,7 +139,8 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
   with jax.set_mesh(mesh.make()):
     current = prepare(directory, settings)
     current.stage("baselines", lambda _: baselines(current))
-    interaction = fit(current, "interaction", current.params, None)
+    begun = post_train(current) if settings.post.steps else current.params
+    interaction = fit(current, "interaction", begun, None)
     mined = current.stage("mine", lambda place: mine(current, interaction, place))
     negatives = hard(current, directory / "mine" / NEGATIVES)
     warm = fit(current, "warmup", interaction, negatives)
@@ -132,7 +153,8 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
     best = "interaction" if mined["dev"]["MRR@10"] > encoding["dev"]["MRR@10"] else "cascade"
     students = {"interaction": interaction, "cascade": cascade}
     results = current.stage("evaluate", lambda _: measure(current, students, best))
-  done = [name for name in STAGES if name != "denoise" or settings.mine.judged]
+  left_out = {"denoise": not settings.mine.judged, "post": not settings.post.steps}
+  done = [name for name in STAGES if not left_out.get(name)]
   stages = {name: read(directory / name / "manifest.json") for name in done}
   results = {k: v for k, v in results.items() if k != "seconds"}
   manifest = {
@@ -190,7 +212,7 @@ def claim(directory: Path, settings: Config, fresh: bool) -> None:
     raise UserError(f"--output {directory}: is a file; name a folder")
   found = read(path) if path.is_file() else None
   # Other tools leave a config.json too: only a run's own is ever deleted or continued.
-  ours = isinstance(found, dict) and {"seed", *TRAINED} <= set(found)
+  ours = isinstance(found, dict) and {"seed", "interaction", "warmup", "cascade"} <= set(found)
   if not ours and directory.is_dir() and any(directory.iterdir()):
     raise UserError(f"--output {directory}: holds files but no run; name an empty or a new folder")
   if fresh and ours:
@@ -258,11 +280,16 @@ def prepare(directory: Path, settings: Config) -> Run:
   with mesh.first("prepare"):
     current, checkpoint_pair, shapes = sources(directory, settings)
   mesh.agree("the data, weights or tokenizer", json.dumps(read(directory / "prepare" / "manifest.json")["begun"]))
-  params = step.init_params(settings.model, *shapes, jax.random.key(settings.seed))
+  key = jax.random.key(settings.seed)
+  params = step.init_params(settings.model, *shapes, key)
+  if settings.post.steps and settings.post.on.mlm:
+    params["masked"] = scores.Masked(shapes[0], jax.random.fold_in(key, 0x3A5))
   params, random = pretrained.assign(params, *checkpoint_pair)
   if random and checkpoint_pair[0] is not None:
     say(f"  random at the start, for no checkpoint brings it: {', '.join(random)}")
-  current.params = jax.device_get(params)
+  params = jax.device_get(params)
+  current.masked = {"masked": params.pop("masked")} if "masked" in params else {}
+  current.params = params
   return current
 
 
@@ -307,6 +334,9 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     "weights": ["random" if c is None else c.digest() for c in (student, teacher)],
     "tokenizer": tokens.digest(tokenizer),
   }
+  further = [Path(name).expanduser() for name in settings.post.mlm_texts if settings.post.steps]
+  if further:
+    begun["post.mlm_texts"] = files.signature(further)
   if known.is_file() and (before := read(known).get("begun", {})) != begun:
     field = next(name for name in begun if before.get(name) != begun[name])
     raise UserError(
@@ -319,8 +349,16 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     architecture(settings, student, tokenizer, scratch),
     architecture(settings, teacher, tokenizer, settings.model.teacher_scratch or scratch),
   )
+  config.check(
+    not (settings.post.steps and settings.post.on.mlm) or settings.post.mlm_length <= shapes[0].positions,
+    "post.mlm_length",
+    settings.post.mlm_length,
+    f"the encoder has {shapes[0].positions} positions; shorten it",
+  )
   rate = encoder.with_dropout(shapes[0], settings.model.dropout)
   for name in TRAINED:
+    if not getattr(settings, name).steps:
+      continue
     if max(rate.dropout, rate.attention_dropout) == 0 and getattr(settings, name).on.needs_twin:
       raise UserError(f"{name}.weights.dualreg_query: without dropout DualReg is 0; set its weights to 0")
   needed = max(getattr(settings, name).negatives for name in TRAINED)
@@ -339,6 +377,7 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     store("corpus"),
     {split: store(split) for split in data.queries},
     data.corpus.identity,
+    further=(tokens.store_lines(further, tokenizer, settings.data),) if further else (),
   )
   if not known.is_file():
     collection.write_texts(place, data.corpus.ids, data.corpus.titles, data.corpus.texts, data.fingerprint)
@@ -394,8 +433,10 @@ def baselines(current: Run) -> dict[str, Any]:
   }
 
 
-def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Params:
-  """Trains a stage from the given parameters, or reads its result back."""
+def trained_once(
+  current: Run, name: str, params: Params, work: Callable[[Path], tuple[Trained, dict[str, Any]]]
+) -> Params:
+  """What a stage trains from the given parameters, or its result read back; `work` gives more for its manifest, too."""
   stage: config.Train = getattr(current.config, name)
   place = current.directory / name
   if mesh.told(mesh.leads() and (place / "manifest.json").is_file()):
@@ -403,7 +444,118 @@ def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Pa
     return finished(place, params, current.config.model, stage, read(place / "manifest.json")["kept"])
   trained: list[Params] = []  # handed out of the stage
 
-  def work(place: Path) -> dict[str, Any]:
+  def whole(place: Path) -> dict[str, Any]:
+    found, more = work(place)
+    trained.append(found.params)
+    return {
+      "steps": stage.steps,
+      "batch": stage.batch,
+      "negatives": stage.negatives,
+      "kept": found.step,
+      "best": found.best,
+      "skipped": found.skipped,
+      **more,
+      "compilations": found.compilations,
+    }
+
+  current.stage(name, whole)
+  return trained[0]
+
+
+def seed_of(current: Run, name: str) -> int:
+  """The seed of a stage's data and noise."""
+  return 1000 * TRAINED[name] + current.config.seed
+
+
+def post_train(current: Run) -> Params:
+  """Post-trains the student on the corpus (and `post.mlm_texts`): masked language modelling, pseudo-queries, or both.
+
+  The manifest says what masked language modelling's loss on held-out text was before and after.
+  """
+  settings, stage = current.config, current.config.post
+  params = current.params | current.masked
+
+  def work(place: Path) -> tuple[Trained, dict[str, Any]]:
+    texts, held_out = post_texts(current, place)
+    loss = None if held_out is None else held_out_loss(current, held_out)
+    begun = loss(params) if loss else 0.0
+    found = train(
+      *(place, params, texts, settings.model, settings.data, stage, seed_of(current, "post")),
+      post_measure(current, loss) if stage.measure_every else None,
+    )
+    if loss is None or held_out is None:
+      return found, {}
+    ended = loss(found.params)
+    say(f"  loss of masked words in {len(held_out)} texts held out: {begun:.3f} before, {ended:.3f} after")
+    return found, {"heldout_mlm": {"before": begun, "after": ended, "texts": len(held_out)}}
+
+  found = trained_once(current, "post", params, work)
+  return {name: found[name] for name in current.params}
+
+
+def post_measure(current: Run, loss: Callable[[Params], float] | None) -> Callable[[Params], dict[str, float]]:
+  """Measures post-training on its way: masked language modelling's `loss` on held-out text, and retrieval on dev."""
+  dev = dev_slice(current)
+  return lambda params: ({"heldout_mlm": loss(params)} if loss else {}) | dev(params)
+
+
+def post_texts(current: Run, place: Path) -> tuple[batches.Texts, masking.Plain | None]:
+  """What post-training reads; and the texts that are held out of masked language modelling, if it is on."""
+  stage, tokenizer = current.config.post, current.tokenizer
+  plain, held_out = None, None
+  if stage.on.mlm:
+    plain, held_out = masking.held_out((current.passages, *current.further), stage.mlm_length)
+  if not stage.needs_pairs:
+    return batches.Texts.unpaired(plain, tokenizer), held_out
+  data, seed = current.config.data, seed_of(current, "post")
+  with mesh.first("pseudo-queries"):
+    titles = tokens.store(current.data, "titles", tokenizer, data)
+    pairs = pseudo.pairs(
+      place / "pairs", current.passages, titles, current.identity, tokenizer, data, stage.pseudo, seed
+    )
+  queries, passages, identity = pairs
+  one = Ragged(np.arange(len(queries), dtype=np.int32), np.arange(len(queries) + 1))
+  none = Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))
+  return batches.Texts(queries, passages, identity, one, none, tokenizer, plain), held_out
+
+
+def held_out_loss(current: Run, held_out: masking.Plain) -> Callable[[Params], float]:
+  """Measures -log p of the masked tokens of held-out texts: the mean over all; no dropout, always the same masks."""
+  settings, stage, grid = current.config, current.config.post, mesh.make()
+  devices = jax.device_count()
+  batch = devices * min(stage.batch // devices, 8)
+  alone = dataclasses.replace(
+    stage, batch=batch, chunk=None, in_batch=None, weights=Weights.only(mlm=1), final_weights=None, measure_every=0
+  )
+  texts = batches.Texts.unpaired(held_out, current.tokenizer)
+  length = sum(held_out.size(i) + 2 for i in range(len(held_out)))
+  turns = -(-length // (stage.mlm_length * batch))
+
+  @jax.jit
+  def sums(params, batch):
+    found = scores.score(params, batch, settings.model, alone, None)
+    return found.masked.sum(), found.masked_there.sum()
+
+  def measure(params: Params) -> float:
+    params, total, count = mesh.whole(params, grid), 0.0, 0
+    layout = batches.layout(settings.data, alone, devices, texts)
+    iterator = batches.batches(texts, settings.data, alone, 0, layout, mesh.share(grid, batch))
+    try:
+      for _ in range(turns):
+        found = sums(params, mesh.shard(next(iterator), grid))
+        total, count = total + float(found[0]), count + int(found[1])
+    finally:
+      iterator.close()
+    return total / max(count, 1)
+
+  return measure
+
+
+def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Params:
+  """Trains a stage from the given parameters, or reads its result back."""
+  stage: config.Train = getattr(current.config, name)
+
+  def work(place: Path) -> tuple[Trained, dict[str, Any]]:
     queries = current.queries["train"]
     texts = batches.Texts(
       queries,
@@ -413,7 +565,7 @@ def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Pa
       Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64)) if negatives is None else negatives,
       current.tokenizer,
     )
-    seed = 1000 * TRAINED.index(name) + current.config.seed
+    seed = seed_of(current, name)
     settings = current.config
     measuring = dev_slice(current) if stage.measure_every else None
     metric = settings.evaluate.metric
@@ -422,20 +574,9 @@ def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Pa
     found = train(
       place, params, texts, settings.model, settings.data, stage, seed, measuring, metric, refresh=again, every=every
     )
-    trained.append(found.params)
-    return {
-      "steps": stage.steps,
-      "batch": stage.batch,
-      "negatives": stage.negatives,
-      "kept": found.step,
-      "best": found.best,
-      "skipped": found.skipped,
-      **({"refreshed": [*range(every, stage.steps, every)]} if every else {}),
-      "compilations": found.compilations,
-    }
+    return found, {"refreshed": [*range(every, stage.steps, every)]} if every else {}
 
-  current.stage(name, work)
-  return trained[0]
+  return trained_once(current, name, params, work)
 
 
 def dev_slice(current: Run) -> Callable[[Params], dict[str, float]]:

@@ -24,7 +24,7 @@ NAMES = {
   "late": "Late interaction",
   "cross": "Cross-encoder",
 }
-TRAINED = ("interaction", "warmup", "cascade")  # the stages that leave a log.jsonl
+TRAINED = ("post", "interaction", "warmup", "cascade")  # the stages that leave a log.jsonl
 HEADLINE = "MRR@10"
 
 
