@@ -71,19 +71,25 @@ class Masking:
   """
 
   def __init__(self, texts: Plain, train: config.Train, tokenizer: Tokenizer, seed: int):
-    import grain
-
     self.texts, self.train, self.tokenizer, self.seed = texts, train, tokenizer, seed
-    self.order = grain.MapDataset.range(len(texts)).seed(seed).shuffle().repeat()
-    self.continues = tokenizer.continues()
+    self.continues, self.special = tokenizer.continues(), np.zeros(len(tokenizer), bool)
+    self.special[list(tokenizer.special)] = True
     self.ordinary = np.setdiff1d(list(tokenizer.backend.get_vocab().values()), tokenizer.special)
     self.row = self.text = self.begin = 0
+    self.epoch, self.order = -1, np.zeros(0, np.int64)
+
+  def at(self, place: int) -> int:
+    """The text at a place in the endless order."""
+    epoch, place = divmod(place, len(self.texts))
+    if epoch != self.epoch:
+      self.epoch, self.order = epoch, np.random.default_rng([epoch, self.seed, 1]).permutation(len(self.texts))
+    return int(self.order[place])
 
   def next_row(self) -> tuple[int, list[tuple[int, int, int]]]:
     """The next row's number, and its parts: texts, each from one token to another."""
     parts, room = [], self.train.mlm_length - 2
     while True:
-      text = int(self.order[self.text])
+      text = self.at(self.text)
       size = self.texts.size(text)
       if room < min(size - self.begin, SHORTEST):
         break
@@ -117,22 +123,23 @@ class Masking:
     tokens that are not special are predicted. Each token of a word on its own, as in BERT's whole-word masking, becomes
     [MASK] (80 %), any token that is not special (10 %), or stays (10 %).
     """
-    rng = np.random.default_rng([self.seed, number])
-    content = real & ~np.isin(tokens, self.tokenizer.special)
+    rng = np.random.default_rng([number, self.seed, 0])
+    content = real & ~self.special[tokens]
     begins = content & ~(self.continues[tokens] & np.concatenate([[False], content[:-1]]))
     words = np.where(content, np.cumsum(begins) - 1, -1)
     sizes = np.bincount(words[content])
-    left, taken = min(self.train.predicted, max(1, round(self.train.mlm_rate * content.sum()))), []
+    left = min(self.train.predicted, max(1, round(self.train.mlm_rate * content.sum())))
+    taken = np.zeros(len(sizes) + 1, bool)  # the last is for what is no word, -1
     for word in rng.permutation(len(sizes)).tolist():
       if sizes[word] <= left:
-        taken.append(word)
+        taken[word] = True
         left -= sizes[word]
       if not left:
         break
-    chosen = np.flatnonzero(np.isin(words, taken))
+    chosen = np.flatnonzero(taken[words])
     places, stood = np.zeros(self.train.predicted, np.int32), np.full(self.train.predicted, -1, np.int32)
     places[: len(chosen)], stood[: len(chosen)] = chosen, tokens[chosen]
-    kind, other = rng.random(len(chosen)), rng.choice(self.ordinary, len(chosen))
+    kind, other = rng.random(len(chosen)), self.ordinary[rng.integers(len(self.ordinary), size=len(chosen))]
     tokens = tokens.copy()
     tokens[chosen] = np.where(kind < 0.8, self.tokenizer.mask, np.where(kind < 0.9, other, tokens[chosen]))
     return tokens, places, stood

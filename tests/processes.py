@@ -60,15 +60,6 @@ def gradients(model, train, tile):
     return jax.device_get(run(mesh.whole(params, grid), mesh.shard(batch, grid)))
 
 
-def masked_gradients(model, train, params, batch):
-  """Loss, terms and gradients of masked rows, of which each process holds its share."""
-  grid = mesh.make()
-  with jax.set_mesh(grid):
-    own = jax.tree.map(lambda x: x[mesh.share(grid, len(x))], batch)
-    run = jax.jit(jax.value_and_grad(lambda p, b: step.loss(p, b, model, train, jax.random.key(7)), has_aux=True))
-    return jax.device_get(run(mesh.whole(params, grid), mesh.shard(own, grid)))
-
-
 def at(state, number):
   """The state as if it stood at a step, with other values at every step."""
   moved = jax.tree.map(lambda x: x + number if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
