@@ -16,6 +16,8 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   texts, queries, judgements            datasets/
   tokenizer and token store             tokens.py
   templates, rows of tokens             templates.py
+  words of the corpus, masked           masking.py
+  titles and sentences as queries       pseudo.py
   lists, hard negatives, packed batches batches.py
   where checkpoints lie                 hub.py
   state and data position on disk       checkpoints.py

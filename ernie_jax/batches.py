@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ernie_jax import config
+from ernie_jax import columns, config
 from ernie_jax.columns import Ragged
 from ernie_jax.config import UserError
+from ernie_jax.masking import Masking, Plain
 from ernie_jax.scores import Batch
 from ernie_jax.templates import Template
 from ernie_jax.tokens import Tokenizer
@@ -64,6 +65,13 @@ class Texts:
   positives: Ragged  # of each query: rows of its known positives
   negatives: Ragged  # of each query: rows of its hard negatives; may be empty
   tokenizer: Tokenizer
+  plain: Plain | None = None  # for masked language modelling, which uses none of the others
+
+  @classmethod
+  def unpaired(cls, plain: Plain | None, tokenizer: Tokenizer) -> Texts:
+    """Without queries and passages."""
+    none = columns.ragged([])
+    return cls(none, none, np.zeros(0, np.int32), none, none, tokenizer, plain)
 
 
 def choose(texts: Texts, query: int, negatives: int, rng: np.random.Generator) -> np.ndarray:
@@ -82,7 +90,7 @@ def choose(texts: Texts, query: int, negatives: int, rng: np.random.Generator) -
 
 
 def used(train: config.Train) -> tuple[str, ...]:
-  """The parts of a batch that go through an encoder for some term."""
+  """The parts of a batch that go through an encoder for some term that compares queries with passages."""
   return (*(("queries", "passages") if train.on.needs_student else ()), *(("pairs",) if train.needs_cross else ()))
 
 
@@ -94,10 +102,12 @@ class Layout:
   count: dict[str, int]
   length: dict[str, int]
   packed: bool
+  masked: int = 0  # tokens of a row of masked text; 0: there is none
 
   def rows(self, batch: int) -> dict[str, tuple[int, int]]:
-    """Rows of a global batch, and their tokens, by tower."""
-    return {tower: (count * batch // self.unit, self.length[tower]) for tower, count in self.count.items()}
+    """Rows of a global batch, and their tokens, by tower; those of masked text as "masked"."""
+    rows = {tower: (count * batch // self.unit, self.length[tower]) for tower, count in self.count.items()}
+    return rows | ({"masked": (batch, self.masked)} if self.masked else {})
 
 
 @dataclasses.dataclass
@@ -169,16 +179,19 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
   A unit is what a device encodes at once: its part of the batch, or a chunk. To have the same examples in a batch on
   any number of devices with packing, set `train.chunk`.
   """
+  masked = train.mlm_length if train.on.mlm else 0
+  if not train.needs_pairs:
+    return Layout(1, {}, {}, False, masked)
   unit, lists = 1 if data.pack is None else train.chunk or train.batch // devices, 1 + train.negatives
   longest = {"queries": data.query_length, "passages": data.passage_length, "pairs": data.pair_length}
   towers = used(train)
   number = {tower: unit if tower == "queries" else unit * lists for tower in towers}
   if data.pack is None:
-    return Layout(unit, number, longest, False)
+    return Layout(unit, number, longest, False, masked)
   length = {tower: max(data.pack, longest[tower]) for tower in towers}
   if texts is None:
     count = {tower: -(-number[tower] // (length[tower] // longest[tower])) for tower in towers}
-    return Layout(unit, count, length, True)
+    return Layout(unit, count, length, True, masked)
   rng = np.random.default_rng(0)
   size = sizes(texts, data)
 
@@ -204,7 +217,7 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
       while queue.next < 2 * len(drawn) and len(queue.waiting) <= 4 * unit:
         queue.unit(unit, {tower: (count[tower], length[tower]) for tower in towers})
       if len(queue.waiting) <= unit // 8 + 1:
-        return Layout(unit, count, length, True)
+        return Layout(unit, count, length, True, masked)
     count[queue.overflows.most_common(1)[0][0]] += 1
 
 
@@ -271,7 +284,8 @@ def gather(units: Sequence[Unit], texts: Texts, data: config.Data, shape: Layout
 def batches(
   texts: Texts, data: config.Data, train: config.Train, seed: int, shape: Layout, rows: np.ndarray | None = None
 ) -> Any:
-  """An endless Grain iterator of `Batch`es: each query once an epoch, in an order drawn from the seed.
+  """An endless Grain iterator of `Batch`es: each query once an epoch, in an order drawn from the seed; rows of masked
+  text likewise.
 
   `rows` are the places in the global batch that this host makes (`mesh.share`); by default all. Which queries and
   passages stand at a place depends on neither hosts nor devices (packed: only on `shape.unit`). `get_state()` and
@@ -280,9 +294,10 @@ def batches(
   """
   import grain
 
-  known = int(texts.positives.lengths.max())
+  known = int(texts.positives.lengths.max(initial=0))
   size = sizes(texts, data)
-  mine = (np.arange(train.batch) if rows is None else rows)[:: shape.unit] // shape.unit
+  here = np.arange(train.batch) if rows is None else rows
+  mine = here[:: shape.unit] // shape.unit
   room = {tower: (count, shape.length[tower]) for tower, count in shape.count.items()}
   examples = (
     grain.MapDataset.range(len(texts.queries))
@@ -297,13 +312,23 @@ def batches(
     return Example(number, query, own, size(query, own))
 
   class Iterator(grain.DatasetIterator):
-    """Its state: the next example, and those that wait, by number."""
+    """Its state: the next example, and those that wait, by number; of masked text, the next row and where it begins."""
 
     def __init__(self):
       super().__init__()
       self.queue = Queue(draw)
+      self.masking = None
+      if shape.masked and texts.plain is not None:
+        self.masking = Masking(texts.plain, train, texts.tokenizer, seed)
 
     def __next__(self) -> Batch:
+      batch = self.pairs() if shape.count else Batch()
+      if self.masking is None:
+        return batch
+      every = [self.masking.next_row() for _ in range(train.batch)]
+      return dataclasses.replace(batch, masked=self.masking.gather([every[i] for i in here.tolist()]))
+
+    def pairs(self) -> Batch:
       if shape.packed:  # every host plans the whole batch: what waits is the same everywhere
         planned = [self.queue.unit(shape.unit, room) for _ in range(train.batch // shape.unit)]
         units = [planned[i] for i in mine]
@@ -313,10 +338,15 @@ def batches(
       return gather(units, texts, data, shape, known)
 
     def get_state(self) -> dict[str, Any]:
-      return {"next": self.queue.next, "waiting": [e.number for e in self.queue.waiting]}
+      state: dict[str, Any] = {"next": self.queue.next, "waiting": [e.number for e in self.queue.waiting]}
+      if self.masking is not None:
+        state["masked"] = [self.masking.row, self.masking.text, self.masking.begin]
+      return state
 
     def set_state(self, state: dict[str, Any]) -> None:
       self.queue.next, self.queue.waiting = state["next"], collections.deque(map(draw, state["waiting"]))
+      if self.masking is not None:
+        self.masking.row, self.masking.text, self.masking.begin = state["masked"]
 
   class Source(grain.IterDataset):
     def __iter__(self) -> Iterator:

@@ -335,6 +335,12 @@ class Train:
   temperature: Temperatures = Temperatures()
   final_temperature: Temperatures | None = None  # as `final_weights`
   fgm_radius: float = 0.01  # nll_ce_fgm: how far all word embeddings together are moved
+  mlm_length: int = 128  # mlm: tokens of a row of masked text, which the corpus fills end to end; `batch` rows a step
+  mlm_rate: float = 0.15  # mlm: share of a row's tokens that are predicted, whole words
+  mlm_texts: tuple[str, ...] = ()  # mlm: files of further text, a passage a line, beside the data set's corpus
+  # Pseudo-queries of post-training. title: a passage's title finds its text (where there is none, as cloze); cloze: a
+  # sentence finds the passage that it was taken out of.
+  pseudo: Literal["title", "cloze"] = "title"
   dual_pool: Literal["global", "own"] = "global"  # candidates of nll_de: every passage of the global batch, or its list
   late_pool: Literal["global", "own"] = "own"  # candidates of nll_li and kl_li_de
   in_batch: int | None = None  # queries whose passages are each other's negatives; None: all (cross-batch)
@@ -353,6 +359,8 @@ class Train:
       check(0 <= getattr(self, field) < math.inf, field, getattr(self, field), "must be 0 or more")
     check(self.chunk is None or self.chunk >= 1, "chunk", self.chunk, "must be at least 1, or None for no chunks")
     check(self.measure_every >= 0, "measure_every", self.measure_every, "must be 0 (never) or more")
+    check(self.mlm_length >= 8, "mlm_length", self.mlm_length, "needs at least 8 tokens")
+    check(0 < self.mlm_rate < 1, "mlm_rate", self.mlm_rate, "is a share of the tokens, in (0, 1)")
     group, on = self.in_batch, self.on
     check(
       group is None or (group >= 1 and self.batch % group == 0),
@@ -361,7 +369,7 @@ class Train:
       f"must divide batch={self.batch}, or be None",
     )
     check(
-      not self.measure_every or on.needs_student,
+      not self.measure_every or on.needs_student or on.mlm > 0,
       "measure_every",
       self.measure_every,
       "measures the student, which no term of this stage trains: set it to 0",
@@ -411,6 +419,16 @@ class Train:
   def needs_cross(self) -> bool:
     """Whether the cross-encoder runs."""
     return self.on.needs_teacher and self.teacher != "uniform"
+
+  @property
+  def needs_pairs(self) -> bool:
+    """Whether some term compares a query with passages."""
+    return self.on.needs_student or self.on.needs_teacher
+
+  @property
+  def predicted(self) -> int:
+    """m: tokens of a row of masked text that are predicted, at most."""
+    return max(1, round(self.mlm_rate * (self.mlm_length - 2)))  # of a row that one text fills: all but [CLS] and [SEP]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -473,11 +491,14 @@ class Evaluate:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The training strategy without post-training. `ernie-jax run` takes its stages in this order."""
+  """The training strategy. `ernie-jax run` takes its stages in this order."""
 
   seed: int = 0
   data: Data = Data()
   model: Model = Model()
+  # Post-training: masked language modelling; with weights for interaction distillation, on pseudo-queries in the same
+  # step. Its last step is kept.
+  post: Train = Train(steps=0, weights=Weights.only(mlm=1), late_pool="global")
   interaction: Train = Train(
     weights=Weights.only(nll_de=1, nll_li=1, kl_li_de=1, dualreg_query=1, dualreg_passage=1),
     late_pool="global",
@@ -489,7 +510,19 @@ class Config:
 
   def __post_init__(self):
     check(0 <= self.seed < 2**31, "seed", self.seed, "must lie in 0..2147483647")
-    for name in ("interaction", "warmup", "cascade"):
+    check(
+      self.model.tied or not (self.post.steps and self.post.on.mlm),
+      "post.weights.mlm",
+      self.post.on.mlm,
+      "trains the passages' encoder only: set model.tied=True; or in a run of its own, from which model.start begins",
+    )
+    for name in ("post", "interaction", "warmup", "cascade"):
+      check(
+        name == "post" or not getattr(self, name).on.mlm,
+        f"{name}.weights.mlm",
+        getattr(self, name).on.mlm,
+        "masked language modelling is for post-training: use post.weights.mlm and post.steps",
+      )
       check(
         not (self.model.share_encoder and getattr(self, name).teacher == "frozen"),
         f"{name}.teacher",

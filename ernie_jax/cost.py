@@ -68,7 +68,7 @@ def flops(
 ) -> float:
   """Model FLOPs of one training step over the global batch, for the terms that are on (METHOD: shapes, three scorers).
 
-  `rows` are the rows of the global batch and their tokens, by tower: "queries", "passages", "pairs".
+  `rows` are the rows of the global batch and their tokens, by tower: "queries", "passages", "pairs", "masked".
   What is trained counts three times (forward, and twice that backward), a cross-encoder without `nll_ce` once.
   """
   weights, terms = train.on, train.on.active
@@ -109,6 +109,10 @@ def flops(
   if weights.virt:
     layers = student.layers if model.share_encoder else min(student.layers, teacher.layers)
     total += 3 * passages * layers * 2 * data.query_length * data.passage_length * student.width
+
+  if weights.mlm:
+    places = rows["masked"][0] * train.predicted
+    total += 3 * (forward(student, *rows["masked"]) + 2 * places * student.width * (student.width + student.vocabulary))
 
   return total
 

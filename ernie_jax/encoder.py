@@ -7,6 +7,7 @@ dropout. They are pytrees, used under plain `jax.jit`, `jax.grad` and `jax.lax.s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -25,14 +26,15 @@ class Rows:
   """Rows of L tokens, each row one text, or several (packed): a token attends within its own text.
 
   Packed rows come in units, of which an encoder call gets one: what a device encodes at once. `starts` says where the
-  unit's texts begin, in its rows laid end to end; text i is segment i + 1.
+  unit's texts begin, in its rows laid end to end; text i is segment i + 1. Without `starts`, the texts of each row are
+  its segments 1, 2, ...: one, but for masked text.
   """
 
   tokens: Int[Array, "n l"]
   segments: Int[Array, "n l"]  # whose token it is: 0 is padding, -s reads text s and is not read ([MASK] augmentation)
   positions: Int[Array, "n l"]  # counted from each text's first token
   types: Int[Array, "n l"]  # 0, and 1 for the second part of a pair
-  starts: Int[Array, "t"] = struct.field(default=None)  # None: a text a row, whose tokens are segment 1
+  starts: Int[Array, "t"] = struct.field(default=None)  # None: segments are counted in each row
   unit: int = struct.field(pytree_node=False, default=0)  # packed: texts of a unit
   longest: int = struct.field(pytree_node=False, default=0)  # packed: tokens that a text may have
   lead: int = struct.field(pytree_node=False, default=1)  # tokens before a text: [CLS], and a marker if there is one
@@ -82,6 +84,9 @@ def linear(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: str | None = None, 
   return nnx.Linear(inputs, outputs, kernel_init=init, use_bias=bias, dtype=dtype and jnp.dtype(dtype), rngs=rngs)
 
 
+ROWS = 2**20  # as many rows of several texts a global batch may have, each text with noise of its own
+
+
 @struct.dataclass
 class Noise:
   """Where dropout's randomness comes from: a place in the step (seed), a text's number in the global batch, a token.
@@ -99,10 +104,9 @@ class Noise:
 
   def spread(self, rows: Rows) -> Noise:
     """From texts [t] to the tokens of their rows [n, l]."""
-    if rows.starts is None:
-      texts = jnp.broadcast_to(self.texts[:, None], rows.tokens.shape)
-    else:
-      texts = self.texts[jnp.maximum(jnp.abs(rows.segments) - 1, 0)]
+    number = jnp.maximum(jnp.abs(rows.segments) - 1, 0)
+    own = rows.starts is None
+    texts = self.texts[:, None] + ROWS * number.astype(jnp.uint32) if own else self.texts[number]
     return Noise(self.seeds, texts, rows.positions)
 
 
@@ -176,9 +180,13 @@ class Layer(nnx.Module):
       "naqk,nkad->nqad", drop_attention(attention, a.attention_dropout, noises[0]).astype(value.dtype), value
     )
     x = self.attention_norm(x + drop(self.output(mixed.reshape(x.shape)), a.dropout, noises[1])).astype(x.dtype)
-    activation = {"gelu": lambda y: jax.nn.gelu(y, approximate=False), "relu": jax.nn.relu}[a.activation]
-    inner = self.down(activation(self.up(x)))
+    inner = self.down(activation(a)(self.up(x)))
     return self.output_norm(x + drop(inner, a.dropout, noises[2])).astype(x.dtype), attention
+
+
+def activation(a: config.Architecture) -> Callable[[jax.Array], jax.Array]:
+  """The one of feed-forward networks."""
+  return {"gelu": lambda y: jax.nn.gelu(y, approximate=False), "relu": jax.nn.relu}[a.activation]
 
 
 def norm(a: config.Architecture, rngs: nnx.Rngs) -> nnx.LayerNorm:

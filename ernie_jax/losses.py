@@ -1,7 +1,7 @@
 """The loss terms, one short function each, on score matrices alone; named, then weighted once.
 
 Every KL is formed from log-probabilities on both sides, in float32; its teacher side stands under `stop_gradient`
-here, where it is formed. Terms are means over the queries of the global batch.
+here, where it is formed. Terms are means over the queries of the global batch; `mlm` over its masked tokens.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def terms(scores: Scores, train: config.Train, done: Float[Array, ""] | float = 
     "kl_listwise": lambda: kl_listwise(cross, dual),
     "kl_bidirectional": lambda: 2 * symmetric_kl(cross, dual),
     "virt": lambda: virt(scores.attentions, scores.products, *content),
+    "mlm": lambda: scores.masked.sum() / jnp.maximum(scores.masked_there.sum(), 1),
   }
   return {name: term().mean() for name, term in each.items() if name in train.on.active}
 

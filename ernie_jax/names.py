@@ -40,6 +40,14 @@ HEADS = {
   "projection": "linear",  # of late interaction, as ColBERT calls it
   "reduction": "emb_reduce_linear",  # of dual-encoder vectors, as PaddleNLP calls it
 }
+# BERT's head of masked language modelling, in post-training.
+MASKED = {
+  "dense.kernel": "cls.predictions.transform.dense.weight",
+  "dense.bias": "cls.predictions.transform.dense.bias",
+  "norm.scale": "cls.predictions.transform.LayerNorm.weight",
+  "norm.bias": "cls.predictions.transform.LayerNorm.bias",
+  "bias": "cls.predictions.bias",
+}
 # Parts of other tasks, and buffers.
 IGNORED = re.compile(
   r"(pooler|classifier|cls|lm_head|linear|emb_reduce_linear)\.|mask_lm_|embeddings\.(position|token_type)_ids$"

@@ -30,7 +30,7 @@ from ernie_jax.cost import GIB
 from ernie_jax.encoder import Rows
 from ernie_jax.progress import clock, say
 
-Stage = Literal["interaction", "warmup", "cascade"]
+Stage = Literal["post", "interaction", "warmup", "cascade"]
 
 
 class Family(NamedTuple):
@@ -279,7 +279,10 @@ def arguments(
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(over, spec))
 
   def make(key):
-    params = step.init_params(settings.model, *architectures(settings.model), key)
+    shapes = architectures(settings.model)
+    params = step.init_params(settings.model, *shapes, key)
+    if train.on.mlm:
+      params["masked"] = scores.Masked(shapes[0], key)
     return step.init_state(params, settings.model, train)
 
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -293,9 +296,9 @@ def arguments(
   def rows(tower: str, texts: int, longest: int, lead: int) -> Any:
     if tower not in shapes:
       return None
-    packed: Any = (
-      {"starts": number(texts), "unit": texts * layout.unit // b, "longest": longest} if layout.packed else {}
-    )
+    packed: Any = {}
+    if layout.packed and tower != "masked":
+      packed = {"starts": number(texts), "unit": texts * layout.unit // b, "longest": longest}
     one: Any = number(*shapes[tower])
     return Rows(one, one, one, one, **packed, lead=lead)
 
@@ -304,9 +307,12 @@ def arguments(
     queries=rows("queries", b, data.query_length, lead),
     passages=rows("passages", p, data.passage_length, lead),
     pairs=rows("pairs", p, data.pair_length, 1),
-    texts=number(p),
-    known=number(b, 1),
   )
+  if train.needs_pairs:
+    batch = dataclasses.replace(batch, texts=number(p), known=number(b, 1))
+  if train.on.mlm:
+    places: Any = number(b, train.predicted)
+    batch = dataclasses.replace(batch, masked=scores.MaskedRows(rows("masked", b, 0, 1), places, places))
   return state, batch, placed(key, P())
 
 

@@ -19,7 +19,19 @@ import numpy as np
 
 from ernie_jax import checkpoints, config, step, unpickle
 from ernie_jax.config import UserError, first_line
-from ernie_jax.names import EMBEDDINGS, HEADS, IGNORED, LAYER, PADDLE, ROCKETQA, Arrays, renamed, transposed, turned
+from ernie_jax.names import (
+  EMBEDDINGS,
+  HEADS,
+  IGNORED,
+  LAYER,
+  MASKED,
+  PADDLE,
+  ROCKETQA,
+  Arrays,
+  renamed,
+  transposed,
+  turned,
+)
 from ernie_jax.tokens import MARKERS, Tokenizer
 
 if TYPE_CHECKING:
@@ -46,6 +58,7 @@ class Checkpoint:
   projection: Arrays = dataclasses.field(default_factory=dict)  # of late interaction
   reduction: Arrays = dataclasses.field(default_factory=dict)  # of dual-encoder vectors
   query_encoder: Arrays = dataclasses.field(default_factory=dict)  # where queries have one of their own
+  masked: Arrays = dataclasses.field(default_factory=dict)  # the head of masked language modelling
   model: dict[str, Any] = dataclasses.field(default_factory=dict)  # fields of `config.Model`, as far as it tells them
   data: dict[str, Any] = dataclasses.field(
     default_factory=dict
@@ -469,7 +482,7 @@ def _checkpoint(
     "teacher_pooler": bool(parts["pooler"]),
   }
   return Checkpoint(
-    a, encoder, tokenizer, source, **parts, query_encoder=query_encoder, model=model,
+    a, encoder, tokenizer, source, **parts, query_encoder=query_encoder, masked=_masked(theirs), model=model,
     data={"template": "rocketqa"} if known else {}, notes=tuple(notes),
   )  # fmt: skip
 
@@ -556,6 +569,12 @@ def _linear(theirs: Arrays, name: str) -> Arrays:
   return found
 
 
+def _masked(theirs: Arrays) -> Arrays:
+  """The head of masked language modelling if all of it is there; nobody else asks for it, so it is no error."""
+  found = {ours: theirs[name] for ours, name in MASKED.items() if name in theirs}
+  return {ours: np.asarray(turned(MASKED[ours], x), np.float32) for ours, x in found.items()} if len(found) == 5 else {}
+
+
 def _encoder(theirs: Arrays, a: config.Architecture, wrong: list[str], whose: str) -> Arrays:
   """The encoder's arrays under our names; what is missing, unknown or of another shape is appended to `wrong`."""
   wanted = shapes(a)
@@ -611,6 +630,7 @@ def assign(params: Params, student: Checkpoint | None, teacher: Checkpoint | Non
     bring("student.query_encoder", student.query_encoder or student.encoder)
     bring("student.projection", student.projection)
     bring("student.reduction", student.reduction)
+    bring("masked", student.masked)
   if teacher is not None:
     bring("teacher.encoder", teacher.encoder)
     bring("teacher.pooler", teacher.pooler)

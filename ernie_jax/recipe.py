@@ -1,6 +1,6 @@
 """The training strategy from end to end, as stages (METHOD: training strategy).
 
-  prepare -> baselines -> interaction -> mine -> warmup -> check -> denoise -> cascade -> encode -> evaluate
+  prepare -> baselines -> post -> interaction -> mine -> warmup -> check -> denoise -> cascade -> encode -> evaluate
 
 Each stage owns a folder of the run and ends by writing `manifest.json` there; a stage that has one is done, and its
 result is read back. So the same command, given again, continues where it was stopped. A training stage of 0 steps is
@@ -33,11 +33,14 @@ from ernie_jax import (
   encoder,
   evaluate,
   hub,
+  masking,
   mesh,
   mining,
   pretrained,
+  pseudo,
   report,
   retrieval,
+  scores,
   step,
   templates,
   tokens,
@@ -45,13 +48,26 @@ from ernie_jax import (
 )
 from ernie_jax.bm25 import BM25
 from ernie_jax.columns import Ragged
-from ernie_jax.config import Config, Interrupted, UserError, flat
+from ernie_jax.config import Config, Interrupted, UserError, Weights, flat
+from ernie_jax.datasets import files
 from ernie_jax.progress import clock, say
 from ernie_jax.scores import Params, Student, Teacher, late_width
-from ernie_jax.train import finished, train
+from ernie_jax.train import Trained, finished, train
 
-STAGES = ("prepare", "baselines", "interaction", "mine", "warmup", "check", "denoise", "cascade", "encode", "evaluate")
-TRAINED = ("interaction", "warmup", "cascade")
+STAGES = (
+  "prepare",
+  "baselines",
+  "post",
+  "interaction",
+  "mine",
+  "warmup",
+  "check",
+  "denoise",
+  "cascade",
+  "encode",
+  "evaluate",
+)
+TRAINED = {"post": 3, "interaction": 0, "warmup": 1, "cascade": 2}  # and a number, for the seed of each
 DEPTH = 100  # of the dual-encoder's run files
 NEGATIVES = "negatives.trec"
 
@@ -71,6 +87,8 @@ class Run:
   queries: dict[str, Ragged]  # by split
   identity: np.ndarray
   params: Params = dataclasses.field(default_factory=dict)  # to start from
+  masked: Params = dataclasses.field(default_factory=dict)  # the head of masked language modelling, where it is used
+  further: tuple[Ragged, ...] = ()  # texts besides the corpus: post.mlm_texts
 
   @property
   def template(self) -> templates.Template:
@@ -197,7 +215,7 @@ def claim(directory: Path, settings: Config, fresh: bool, what: str = "run", fil
     raise UserError(f"--output {directory}: is a file; name a folder")
   found = read(path) if path.is_file() else None
   # Other tools leave a config.json too: only a run's own is ever deleted or continued.
-  ours = isinstance(found, dict) and {"seed", *TRAINED} <= set(found)
+  ours = isinstance(found, dict) and {"seed", "interaction", "warmup", "cascade"} <= set(found)
   if not ours and directory.is_dir() and any(directory.iterdir()):
     raise UserError(f"--output {directory}: holds files but no {what}; name an empty or a new folder")
   if fresh and ours:
@@ -257,11 +275,16 @@ def prepare(directory: Path, settings: Config) -> Run:
   with mesh.first("prepare"):
     current, checkpoint_pair, shapes = sources(directory, settings)
   mesh.agree("the data, weights or tokenizer", json.dumps(read(directory / "prepare" / "manifest.json")["begun"]))
-  params = step.init_params(settings.model, *shapes, jax.random.key(settings.seed))
+  key = jax.random.key(settings.seed)
+  params = step.init_params(settings.model, *shapes, key)
+  if settings.post.steps and settings.post.on.mlm:
+    params["masked"] = scores.Masked(shapes[0], jax.random.fold_in(key, 0x3A5))
   params, random = pretrained.assign(params, *checkpoint_pair)
   if random and checkpoint_pair[0] is not None:
     say(f"  random at the start, for no checkpoint brings it: {', '.join(random)}")
-  current.params = jax.device_get(params)
+  params = jax.device_get(params)
+  current.masked = {"masked": params.pop("masked")} if "masked" in params else {}
+  current.params = params
   return current
 
 
@@ -306,6 +329,9 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     "weights": ["random" if c is None else c.digest() for c in (student, teacher)],
     "tokenizer": tokens.digest(tokenizer),
   }
+  further = [Path(name).expanduser() for name in settings.post.mlm_texts if settings.post.steps]
+  if further:
+    begun["post.mlm_texts"] = files.signature(further)
   if known.is_file() and (before := read(known).get("begun", {})) != begun:
     field = next(name for name in begun if before.get(name) != begun[name])
     raise UserError(
@@ -317,6 +343,12 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
   shapes = (
     architecture(settings, student, tokenizer, scratch),
     architecture(settings, teacher, tokenizer, settings.model.teacher_scratch or scratch),
+  )
+  config.check(
+    not (settings.post.steps and settings.post.on.mlm) or settings.post.mlm_length <= shapes[0].positions,
+    "post.mlm_length",
+    settings.post.mlm_length,
+    f"the encoder has {shapes[0].positions} positions; shorten it",
   )
   same = [dataclasses.replace(a, dropout=0, attention_dropout=0) for a in shapes]
   if settings.model.teacher_from_student and same[0] != same[1]:
@@ -334,6 +366,7 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
     store("corpus"),
     {split: store(split) for split in data.queries},
     data.corpus.identity,
+    further=(tokens.store_lines(further, tokenizer, settings.data),) if further else (),
   )
   if not known.is_file():
     collection.write_texts(place, data.corpus.ids, data.corpus.titles, data.corpus.texts, data.fingerprint)
@@ -421,7 +454,8 @@ class Begun:
 def before_cascade(current: Run) -> Begun:
   """Every stage between `baselines` and the cascade."""
   settings, directory = current.config, current.directory
-  interaction = fit(current, "interaction", current.params, None)
+  begun = post_train(current) if settings.post.steps else current.params
+  interaction = fit(current, "interaction", begun, None)
   mined = current.stage("mine", lambda place: mine(current, interaction, place))
   negatives = hard(current, directory / "mine" / NEGATIVES)
   start = with_student_s_encoder(interaction) if settings.model.teacher_from_student else interaction
@@ -435,18 +469,131 @@ def before_cascade(current: Run) -> Begun:
   return Begun(interaction, warm, negatives, mined, check)
 
 
-def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Params:
-  """Trains a stage from the given parameters, or reads its result back; a stage of 0 steps hands them on."""
+def trained_once(
+  current: Run, name: str, params: Params, work: Callable[[Path], tuple[Trained, dict[str, Any]]]
+) -> Params:
+  """What a stage trains from the given parameters, or its result read back; `work` gives more for its manifest, too."""
   stage: config.Train = getattr(current.config, name)
   place = current.directory / name
-  if not stage.steps:
-    return params
   if mesh.told(mesh.leads() and (place / "manifest.json").is_file()):
     say(f"{name}: done before")
     return finished(place, params, current.config.model, stage, read(place / "manifest.json")["kept"])
   trained: list[Params] = []  # handed out of the stage
 
-  def work(place: Path) -> dict[str, Any]:
+  def whole(place: Path) -> dict[str, Any]:
+    found, more = work(place)
+    trained.append(found.params)
+    return {
+      "steps": stage.steps,
+      "batch": stage.batch,
+      "negatives": stage.negatives,
+      "kept": found.step,
+      "best": found.best,
+      "skipped": found.skipped,
+      **more,
+      "compilations": found.compilations,
+    }
+
+  current.stage(name, whole)
+  return trained[0]
+
+
+def seed_of(current: Run, name: str) -> int:
+  """The seed of a stage's data and noise."""
+  return 1000 * TRAINED[name] + current.config.seed
+
+
+def post_train(current: Run) -> Params:
+  """Post-trains the student on the corpus (and `post.mlm_texts`): masked language modelling, pseudo-queries, or both.
+
+  The manifest says what masked language modelling's loss on held-out text was before and after.
+  """
+  settings, stage = current.config, current.config.post
+  params = current.params | current.masked
+
+  def work(place: Path) -> tuple[Trained, dict[str, Any]]:
+    texts, held_out = post_texts(current, place)
+    loss = None if held_out is None else held_out_loss(current, held_out)
+    begun = loss(params) if loss else 0.0
+    found = train(
+      *(place, params, texts, settings.model, settings.data, stage, seed_of(current, "post")),
+      post_measure(current, loss) if stage.measure_every else None,
+    )
+    if loss is None or held_out is None:
+      return found, {}
+    ended = loss(found.params)
+    say(f"  loss of masked words in {len(held_out)} texts held out: {begun:.3f} before, {ended:.3f} after")
+    return found, {"heldout_mlm": {"before": begun, "after": ended, "texts": len(held_out)}}
+
+  found = trained_once(current, "post", params, work)
+  return {name: found[name] for name in current.params}
+
+
+def post_measure(current: Run, loss: Callable[[Params], float] | None) -> Callable[[Params], dict[str, float]]:
+  """Measures post-training on its way: masked language modelling's `loss` on held-out text, and retrieval on dev."""
+  dev = dev_slice(current)
+  return lambda params: ({"heldout_mlm": loss(params)} if loss else {}) | dev(params)
+
+
+def post_texts(current: Run, place: Path) -> tuple[batches.Texts, masking.Plain | None]:
+  """What post-training reads; and the texts that are held out of masked language modelling, if it is on."""
+  stage, tokenizer = current.config.post, current.tokenizer
+  plain, held_out = None, None
+  if stage.on.mlm:
+    plain, held_out = masking.held_out((current.passages, *current.further), stage.mlm_length)
+  if not stage.needs_pairs:
+    return batches.Texts.unpaired(plain, tokenizer), held_out
+  data, seed = current.config.data, seed_of(current, "post")
+  with mesh.first("pseudo-queries"):
+    titles = tokens.store(current.data, "titles", tokenizer, data)
+    pairs = pseudo.pairs(
+      place / "pairs", current.passages, titles, current.identity, tokenizer, data, stage.pseudo, seed
+    )
+  queries, passages, identity = pairs
+  one = Ragged(np.arange(len(queries), dtype=np.int32), np.arange(len(queries) + 1))
+  none = Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))
+  return batches.Texts(queries, passages, identity, one, none, tokenizer, plain), held_out
+
+
+def held_out_loss(current: Run, held_out: masking.Plain) -> Callable[[Params], float]:
+  """Measures -log p of the masked tokens of held-out texts: the mean over all; no dropout, always the same masks."""
+  settings, stage, grid = current.config, current.config.post, mesh.make()
+  devices = jax.device_count()
+  batch = devices * min(stage.batch // devices, 8)
+  alone = dataclasses.replace(
+    stage, batch=batch, chunk=None, in_batch=None, weights=Weights.only(mlm=1), final_weights=None, measure_every=0
+  )
+  texts = batches.Texts.unpaired(held_out, current.tokenizer)
+  length = sum(held_out.size(i) + 2 for i in range(len(held_out)))
+  turns = -(-length // (stage.mlm_length * batch))
+
+  @jax.jit
+  def sums(params, batch):
+    found = scores.score(params, batch, settings.model, alone, None)
+    return found.masked.sum(), found.masked_there.sum()
+
+  def measure(params: Params) -> float:
+    params, total, count = mesh.whole(params, grid), 0.0, 0
+    layout = batches.layout(settings.data, alone, devices, texts)
+    iterator = batches.batches(texts, settings.data, alone, 0, layout, mesh.share(grid, batch))
+    try:
+      for _ in range(turns):
+        found = sums(params, mesh.shard(next(iterator), grid))
+        total, count = total + float(found[0]), count + int(found[1])
+    finally:
+      iterator.close()
+    return total / max(count, 1)
+
+  return measure
+
+
+def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Params:
+  """Trains a stage from the given parameters, or reads its result back; a stage of 0 steps hands them on."""
+  stage: config.Train = getattr(current.config, name)
+  if not stage.steps:
+    return params
+
+  def work(place: Path) -> tuple[Trained, dict[str, Any]]:
     queries = current.queries["train"]
     texts = batches.Texts(
       queries,
@@ -456,7 +603,7 @@ def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Pa
       Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64)) if negatives is None else negatives,
       current.tokenizer,
     )
-    seed = 1000 * TRAINED.index(name) + current.config.seed
+    seed = seed_of(current, name)
     settings = current.config
     measuring = dev_slice(current) if stage.measure_every else None
     metric = settings.evaluate.metric
@@ -465,20 +612,9 @@ def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Pa
     found = train(
       place, params, texts, settings.model, settings.data, stage, seed, measuring, metric, refresh=again, every=every
     )
-    trained.append(found.params)
-    return {
-      "steps": stage.steps,
-      "batch": stage.batch,
-      "negatives": stage.negatives,
-      "kept": found.step,
-      "best": found.best,
-      "skipped": found.skipped,
-      **({"refreshed": [*range(every, stage.steps, every)]} if every else {}),
-      "compilations": found.compilations,
-    }
+    return found, {"refreshed": [*range(every, stage.steps, every)]} if every else {}
 
-  current.stage(name, work)
-  return trained[0]
+  return trained_once(current, name, params, work)
 
 
 def with_student_s_encoder(params: Params) -> Params:

@@ -16,23 +16,49 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from ernie_jax import config, mesh
-from ernie_jax.encoder import Encoder, Noise, Rows, by_text, drop, first, linear, owned, seeds, twice, with_dropout
+from ernie_jax.encoder import (
+  Encoder,
+  Noise,
+  Rows,
+  activation,
+  by_text,
+  drop,
+  first,
+  linear,
+  norm,
+  owned,
+  seeds,
+  twice,
+  with_dropout,
+)
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-Params = dict  # {"student": Student, "teacher": Teacher}
+Params = dict  # {"student": Student, "teacher": Teacher}; in post-training "masked": Masked besides
+
+
+@struct.dataclass
+class MaskedRows:
+  """B rows of masked text, several texts a row, and what stood at M masked places of each row."""
+
+  rows: Rows
+  places: Int[Array, "b m"]
+  tokens: Int[Array, "b m"]  # the original ones; -1: no place, where a row has fewer
 
 
 @struct.dataclass
 class Batch:
-  """B queries, each with its own list of K passages: the positive at index 0, then hard negatives."""
+  """B queries, each with its own list of K passages: the positive at index 0, then hard negatives; B masked rows."""
 
-  queries: Rows  # B texts; None, as the other two, where no term asks for it
-  passages: Rows  # B*K texts, query by query
-  pairs: Rows  # B*K texts [CLS] query [SEP] passage [SEP], of the same tokens
-  texts: Int[Array, "bk"]  # identity of each passage's text: equal texts have equal numbers
-  known: Int[Array, "b m"]  # text numbers of the query's known positives, padded with -1
+  queries: Rows = struct.field(default=None)  # B texts; None, as all the others, where no term asks for it
+  passages: Rows = struct.field(default=None)  # B*K texts, query by query
+  pairs: Rows = struct.field(default=None)  # B*K texts [CLS] query [SEP] passage [SEP], of the same tokens
+  # Identity of each passage's text: equal texts have equal numbers.
+  texts: Int[Array, "bk"] = struct.field(default=None)
+  # Text numbers of the query's known positives, padded with -1.
+  known: Int[Array, "b m"] = struct.field(default=None)
+  masked: MaskedRows = struct.field(default=None)
 
 
 @struct.dataclass
@@ -57,6 +83,8 @@ class Scores:
   matches: Float[Array, "b k lq lp"] = struct.field(default=None)  # late interaction's <e_i, e_j>
   query_content: Bool[Array, "b lq"] = struct.field(default=None)  # tokens that are neither special nor padding
   passage_content: Bool[Array, "b k lp"] = struct.field(default=None)
+  masked: Float[Array, "b m"] = struct.field(default=None)  # -log p of what stood at masked places
+  masked_there: Bool[Array, "b m"] = struct.field(default=None)  # which of them are places
 
 
 class Student(nnx.Module):
@@ -83,6 +111,34 @@ class Teacher(nnx.Module):
     self.encoder = Encoder(a, keys[0], dtype=model.dtype, scan=model.scan, remat=model.remat) if own else None
     self.pooler = linear(a.width, a.width, rngs) if model.teacher_pooler else None
     self.head = linear(a.width, 1, rngs)
+
+
+class Masked(nnx.Module):
+  """BERT's head of masked language modelling: H -> H, activation, LayerNorm; then the encoder's own word embeddings."""
+
+  def __init__(self, a: config.Architecture, key: Key[Array, ""]):
+    rngs = nnx.Rngs(key)
+    self.dense, self.norm = linear(a.width, a.width, rngs), norm(a, rngs)
+    self.bias = nnx.Param(jnp.zeros(a.vocabulary))
+
+  def __call__(self, hidden: Float[Array, "b m h"], encoder: Encoder) -> Float[Array, "b m v"]:
+    """Logits of every word of the vocabulary, float32; the products with them in the encoder's dtype."""
+    x = self.norm(activation(encoder.architecture)(self.dense(hidden.astype(jnp.float32))))
+    words = encoder.word.embedding[...].astype(encoder.dtype)
+    logits = jnp.einsum("bmh,vh->bmv", x.astype(encoder.dtype), words, preferred_element_type=jnp.float32)
+    return logits + self.bias[...]
+
+
+def masked(params: Params, own: MaskedRows, noise: Noise | None) -> Float[Array, "b m"]:
+  """-log p of the token that stood at each masked place; 0 where there is none.
+
+  Logits are made at the masked places alone.
+  """
+  encoder = params["student"].encoder
+  hidden, _ = encoder(own.rows, noise)
+  logits = params["masked"](jnp.take_along_axis(hidden, own.places[..., None], axis=1), encoder)
+  stood = jnp.take_along_axis(logits, jnp.maximum(own.tokens, 0)[..., None], axis=-1)[..., 0]
+  return jnp.where(own.tokens >= 0, jax.nn.logsumexp(logits, axis=-1) - stood, 0)
 
 
 @struct.dataclass
@@ -345,9 +401,34 @@ def towers(
   return Towers(queries, passages, logits, attention, attentions)
 
 
+def masked_everywhere(
+  params: Params, batch: MaskedRows, train: config.Train, key: Key[Array, ""] | None
+) -> Float[Array, "b m"]:
+  """`masked` of all rows of the global batch, on each device its own, a chunk at a time."""
+  encoder = params["student"].encoder
+  # The towers' keys are the first three of the same kind.
+  site = None if key is None else seeds(jax.random.fold_in(key, 3), encoder.architecture.layers + 1, 3)
+
+  def local(given, batch, numbers):
+    params, site = given
+    noise = lambda texts: None if site is None else Noise(site, texts, jnp.zeros_like(texts))
+    chunk = train.chunk or len(numbers)
+    config.check(len(numbers) % chunk == 0, "chunk", chunk, f"does not divide {len(numbers)} rows of a device")
+    one = lambda own, numbers: masked(params, own, noise(numbers))
+    return in_chunks(one, len(numbers) // chunk, batch, numbers)
+
+  numbers = mesh.split(jnp.arange(len(batch.tokens), dtype=jnp.uint32))
+  return mesh.per_device(local, (params, site), batch, numbers)
+
+
 def score(params: Params, batch: Batch, model: config.Model, train: config.Train, key: Key[Array, ""] | None) -> Scores:
   """All scores that the stage's loss terms ask for; what no term asks for is not traced."""
-  weights, scores = train.on, {}
+  weights, scores = train.on, dict[str, Any]()
+  if weights.mlm > 0:
+    scores["masked"] = masked_everywhere(params, batch.masked, train, key)
+    scores["masked_there"] = batch.masked.tokens >= 0
+  if not train.needs_pairs:
+    return Scores(**scores)
   size = len(batch.known)  # B
   own = lambda x: x.reshape(size, len(batch.texts) // size, *x.shape[1:])  # [B*K, ...] -> [B, K, ...]
   sites = lambda encoder, more: encoder.architecture.layers + 1 + more

@@ -52,14 +52,16 @@ def names(tree: Any) -> Any:
 def group(name: str, model: config.Model, weights: config.Weights) -> str:
   """Which learning rate a parameter has in this stage: `body`, `head` (no checkpoint brings it) or `frozen`."""
   teaching = weights.trains_teacher
+  if name.startswith("masked."):
+    return "head" if weights.mlm else "frozen"
   if name.startswith("teacher."):
     return "frozen" if not teaching else "head" if name.startswith("teacher.head.") else "body"
   if name.startswith("student.projection."):
     return "head" if weights.needs_late else "frozen"
   if name.startswith("student.reduction."):
     return "head" if weights.needs_dual else "frozen"
-  shared = model.share_encoder and name.startswith("student.encoder.")
-  return "body" if weights.needs_student or (shared and teaching) else "frozen"
+  alone = weights.mlm or (model.share_encoder and teaching)  # of passages, or the teacher's
+  return "body" if weights.needs_student or (alone and name.startswith("student.encoder.")) else "frozen"
 
 
 def decays(name: str) -> bool:

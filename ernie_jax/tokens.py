@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ import numpy as np
 from ernie_jax import columns, config
 from ernie_jax.columns import Ragged
 from ernie_jax.config import UserError, first_line
-from ernie_jax.progress import Progress
+from ernie_jax.progress import Progress, say
 
 if TYPE_CHECKING:
   import tokenizers
@@ -121,6 +121,12 @@ class Tokenizer:
       raise UserError(f"data.markers=True: the vocabulary lacks {' and '.join(MARKERS)}; set it to False")
     return query, passage
 
+  def continues(self) -> np.ndarray:
+    """[V] bool: which tokens continue a word (##ing). A character of its own, as in Chinese, is a word."""
+    found = np.zeros(len(self), bool)
+    found[[i for token, i in self.backend.get_vocab().items() if token.startswith("##")]] = True
+    return found
+
   def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Token ids of each text, without special tokens."""
     return [np.array(e.ids, np.int32) for e in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -172,13 +178,50 @@ def in_memory(texts: Sequence[str], tokenizer: Tokenizer) -> Ragged:
 
 
 def store(dataset: Dataset, split: str, tokenizer: Tokenizer, settings: config.Data) -> Ragged:
-  """Token ids, without special tokens, of the passages ("corpus") or of the queries of a split, in their order.
+  """Token ids, without special tokens, of passages ("corpus"), their titles ("titles") or the queries of a split.
 
   Written once into the cache, and found there by the texts, the tokenizer and the template. With titles apart
   (`template="rocketqa"`) a passage is title [SEP] text.
   """
   apart = split == "corpus" and settings.template == "rocketqa"
+  corpus = dataset.corpus
+  if split == "corpus":
+    parts: list[Sequence[str]] = [corpus.texts, corpus.titles] if apart else [corpus.passages]
+  else:
+    parts = [corpus.titles if split == "titles" else dataset.queries[split].texts]
+  blocks = ([list(part[begin : begin + BLOCK]) for part in parts] for begin in range(0, len(parts[0]), BLOCK))
   said = f"{dataset.fingerprint} {split} {digest(tokenizer)} {'title [SEP] text' if apart else 'text'}"
+  return _kept(said, lambda: (len(parts[0]), blocks), tokenizer, settings)
+
+
+def store_lines(paths: Sequence[Path], tokenizer: Tokenizer, settings: config.Data) -> Ragged:
+  """Token ids of text files (UTF-8; also .gz, .zst), a text a line; lines without any are left out. In the cache, too.
+
+  `UserError` with file and line for what is no UTF-8, unless `data.skip_bad` allows it.
+  """
+  from ernie_jax.datasets import files  # with TFDS, which inference does without
+  from ernie_jax.datasets.rows import blocks
+
+  def read() -> tuple[int, Iterator[list[list[str]]]]:
+    def lines(bad: files.Bad) -> Iterator[str]:
+      return (line for path in paths for _, line in files.lines(path, bad) if line.strip())
+
+    bad = files.Bad(settings.skip_bad)
+    count = sum(1 for _ in lines(bad))  # the whole is looked at before anything is written
+    if bad.skipped:
+      say(f"  {paths[0]}{' and others' if paths[1:] else ''}: skipped {bad}")
+    return count, ([block] for block in blocks(lines(files.Bad(settings.skip_bad)), BLOCK))
+
+  return _kept(f"{files.signature(paths)} lines {digest(tokenizer)}", read, tokenizer, settings)
+
+
+def _kept(
+  said: str,
+  read: Callable[[], tuple[int, Iterator[list[list[str]]]]],
+  tokenizer: Tokenizer,
+  settings: config.Data,
+) -> Ragged:
+  """The column that was written for what is `said`, or is now: of so many texts, from blocks of them."""
   fingerprint = hashlib.sha256(said.encode()).hexdigest()[:16]
   directory = Path(settings.cache).expanduser() / "tokens" / fingerprint
   if (found := columns.matching(directory, fingerprint=fingerprint)) is not None:
@@ -188,31 +231,26 @@ def store(dataset: Dataset, split: str, tokenizer: Tokenizer, settings: config.D
       return found
     for leftover in directory.parent.glob("*.writing-*"):
       shutil.rmtree(leftover)
-    return write(directory, dataset, split, tokenizer, fingerprint, apart)
+    return write(directory, *read(), tokenizer, fingerprint)
 
 
-def write(directory: Path, dataset: Dataset, split: str, tokenizer: Tokenizer, fingerprint: str, apart: bool) -> Ragged:
-  """Tokenises the texts of a split into a column, a block at a time, while the next block is read."""
-  titles = dataset.corpus.titles if apart else None
-  if split == "corpus":
-    texts: Sequence[str] = dataset.corpus.texts if apart else dataset.corpus.passages
-  else:
-    texts = dataset.queries[split].texts
+def write(
+  directory: Path, count: int, blocks: Iterator[list[list[str]]], tokenizer: Tokenizer, fingerprint: str
+) -> Ragged:
+  """Tokenises blocks of texts (or texts and their titles) into a column, while the next block is read."""
   sep = np.array([tokenizer.sep])
-  block = lambda begin: [list(part[begin : begin + BLOCK]) for part in (texts, titles) if part is not None]
   try:
     with (
       columns.Writer(directory, np.uint16 if len(tokenizer) <= 2**16 else np.uint32) as writer,
-      Progress("tokenise", len(texts), "texts") as bar,
+      Progress("tokenise", count, "texts") as bar,
       concurrent.futures.ThreadPoolExecutor(1) as reader,
     ):
-      coming = reader.submit(block, 0)
-      for begin in range(0, len(texts), BLOCK):
-        encoded = coming.result()
-        coming = reader.submit(block, begin + BLOCK)
-        for own, *title in zip(*map(tokenizer.encode, encoded)):
+      coming = reader.submit(next, blocks, None)
+      while (block := coming.result()) is not None:
+        coming = reader.submit(next, blocks, None)
+        for own, *title in zip(*map(tokenizer.encode, block)):
           writer.append(np.concatenate([*title, sep, own]) if title else own)
-        bar.advance(len(encoded[0]))
+        bar.advance(len(block[0]))
       writer.close(fingerprint=fingerprint)
   except OSError as error:
     raise UserError(f"{directory}: cannot be written ({error.strerror or error}); set data.cache") from error

@@ -102,11 +102,12 @@ def train(
   """Trains one stage in `directory`, or continues it.
 
   Call under `jax.set_mesh(mesh.make())`. `measure` gives dev metrics every `stage.measure_every` steps, of which
-  `metric` decides which step is best. `refresh` gives, after every `every` steps, the texts that training goes on with,
-  from the parameters (in the host's memory) and the number of steps; or again, for a stage that continues and no longer
-  has those parameters, from None and that number. Leaves `checkpoints/` (state and data position), `log.jsonl` (every
-  term of every step) and TensorBoard events. Raises `Interrupted` after Ctrl-C or SIGTERM; `UserError` after
-  `step.MOST_SKIPPED` steps in a row without a finite gradient, and where a checkpoint cannot be written.
+  `metric` decides which step is best and kept; without one, the last. `refresh` gives, after every `every` steps, the
+  texts that training goes on with, from the parameters (in the host's memory) and the number of steps; or again, for a
+  stage that continues and no longer has those parameters, from None and that number. Leaves `checkpoints/` (state and
+  data position), `log.jsonl` (every term of every step) and TensorBoard events. Raises `Interrupted` after Ctrl-C or
+  SIGTERM; `UserError` after `step.MOST_SKIPPED` steps in a row without a finite gradient, and where a checkpoint cannot
+  be written.
   """
   # ---- Data, state: from the newest checkpoint, else from the given parameters.
   grid = mesh.make()
@@ -176,13 +177,14 @@ def train(
             dev = measure(state.params)
           except Interrupted as asked:  # the measurement belongs to this step: once more, then stop
             dev, stopping = measure(state.params), asked.signal
-          if mesh.told(best is None or dev[metric] > best["metrics"][metric]):
+          if metric and mesh.told(best is None or dev[metric] > best["metrics"][metric]):
             best = {"step": number, "metrics": dev}
         log.write(number, terms, speed, dev, time.monotonic() - start)
         stopping = stop.after_step() or stopping  # read once: it may change at any moment
         if number % stage.checkpoint_every == 0 or due or stopping or (every and number % every == 0):
           checkpoints.save(state, iterator.get_state(), best)
-        bar.advance(1, f"loss {terms['total']:.3f}" + (f", {metric} {dev[metric]:.3f}" if dev else ""))
+        shown = metric or next(iter(dev), "")
+        bar.advance(1, f"loss {terms['total']:.3f}" + (f", {shown} {dev[shown]:.3f}" if dev else ""))
         if stopping:
           raise Interrupted(f"{directory.name}: stopped and saved after step {number}", stopping)
     kept = stage.steps if best is None else best["step"]
@@ -210,7 +212,8 @@ def shapes(params: Params) -> tuple[config.Architecture, config.Architecture]:
 
 def rates(batch: Batch, stage: config.Train, seconds: float, work: float) -> dict[str, float]:
   """Speed of one step over all devices, its data included; `batch` is this host's share, `work` the step's FLOPs."""
-  used = [rows for rows in (batch.queries, batch.passages, batch.pairs) if rows is not None]
+  masked = None if batch.masked is None else batch.masked.rows
+  used = [rows for rows in (batch.queries, batch.passages, batch.pairs, masked) if rows is not None]
   tokens = sum(rows.tokens.size for rows in used) * jax.process_count()
   real = sum(int(np.count_nonzero(rows.segments)) for rows in used) * jax.process_count()
   share = cost.mfu(work, seconds, jax.device_count())

@@ -160,7 +160,7 @@ class Plan:
 
   config: Annotated[Config, tyro.conf.arg(name="")]  # its fields are flags without a prefix
   topology: str = "v5e:16x16"  # the slice: v5e:RxC, v6e:RxC or v5p:AxBxC chips
-  stage: Literal["interaction", "warmup", "cascade"] = "cascade"
+  stage: Literal["post", "interaction", "warmup", "cascade"] = "cascade"
   sweep: bool = False  # 16, 32, 64, 128 and 256 chips, with the batch per chip that topology has
 
 

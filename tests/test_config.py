@@ -59,6 +59,16 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
       ),
       "cascade.teacher='frozen'",
     ),
+    (lambda: config.Train(negatives=1, mlm_length=7), "mlm_length=7: needs at least 8 tokens"),
+    (lambda: config.Train(negatives=1, mlm_rate=1.0), "mlm_rate=1.0"),
+    (
+      lambda: config.Config(interaction=config.Train(weights=Weights.only(mlm=1))),
+      "interaction.weights.mlm=1: masked language modelling is for post-training",
+    ),
+    (
+      lambda: config.Config(model=config.Model(tied=False), post=config.Train(weights=Weights.only(mlm=1))),
+      "post.weights.mlm=1: trains the passages' encoder only",
+    ),
     (lambda: config.Mine(first=3, last=2), "mine.first=3"),
     (lambda: config.Evaluate(cross_depth=0), "evaluate.cross_depth=0"),
   ],

@@ -30,6 +30,8 @@ def total(weights, model=MODEL, **train):
 QUERIES = 2 * 4 * 2 * (2 * (4 * 16 + 2 * 32) + 4 * 4 * 4)
 PASSAGES = 6 * 6 * 2 * (2 * (4 * 16 + 2 * 32) + 4 * 6 * 4)
 PAIRS = 6 * 9 * 3 * (2 * (4 * 36 + 2 * 60) + 4 * 9 * 6)
+MASKED = 2 * 12 * 2 * (2 * (4 * 16 + 2 * 32) + 4 * 12 * 4)
+HEAD = 2 * 3 * 2 * 4 * (4 + 50)
 STUDENT = QUERIES + PASSAGES
 POOLER, LOGIT = 6 * 2 * 36, 6 * 2 * 6
 PROJECTION = (2 * 4 + 6 * 6) * 2 * 4 * 3
@@ -53,6 +55,13 @@ DOT = 2 * 4
     ({"kl_ce_de": 1}, {"teacher": "frozen"}, PAIRS + POOLER + LOGIT + 3 * (STUDENT + DOT * 6)),
     ({"kl_ce_de": 1}, {}, PAIRS + POOLER + LOGIT + 3 * (STUDENT + DOT * 6)),
     ({"kl_ce_li": 1}, {}, PAIRS + POOLER + LOGIT + 3 * (STUDENT + PROJECTION + 6 * MAXSIM)),
+    # Masked: 2 rows of 12 tokens; round(0.3 * 10) = 3 of them go through the head, and are compared with all words.
+    ({"mlm": 1}, {"mlm_length": 12, "mlm_rate": 0.3}, 3 * (MASKED + HEAD)),
+    (
+      {"mlm": 1, "nll_de": 1},
+      {"mlm_length": 12, "mlm_rate": 0.3, "dual_pool": "own"},
+      3 * (MASKED + HEAD + STUDENT + DOT * 6),
+    ),
   ],
 )
 def test_the_sum_by_hand(weights, train, expected):

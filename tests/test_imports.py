@@ -21,6 +21,8 @@ ORDER = [
   "datasets",
   "tokens",
   "templates",
+  "masking",
+  "pseudo",
   "batches",
   "hub",
   "checkpoints",

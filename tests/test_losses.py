@@ -232,7 +232,9 @@ def test_total_is_the_weighted_sum_and_a_term_of_weight_0_is_not_there():
   np.testing.assert_allclose(losses.total(terms, train), 2 * terms["nll_de"] + 0.5 * terms["kl_ce_de"], rtol=1e-6)
 
 
-@pytest.mark.parametrize(("done", "dual", "weights"), [(0.0, 2, (1, 2, 0)), (0.5, 1.25, (2, 1, 2)), (1.0, 0.5, (3, 0, 4))])
+@pytest.mark.parametrize(
+  ("done", "dual", "weights"), [(0.0, 2, (1, 2, 0)), (0.5, 1.25, (2, 1, 2)), (1.0, 0.5, (3, 0, 4))]
+)
 def test_weights_and_temperatures_go_linearly_to_their_last_values(done, dual, weights):
   scores, only = random_scores(), config.Weights.only
   train = config.Train(

@@ -44,6 +44,11 @@ def cache(tmp_path_factory):
     (["run", TINY, "--model.teacher-start", "/nowhere"], "model.teacher_start='/nowhere': no such directory"),
     (["run", TINY, "--model.teacher-start", ERNIE], "no tokenizer.json and no vocab.txt"),
     (["run", TINY, "--seed", "-1"], "seed=-1"),
+    (
+      ["run", TINY, "--post.steps", "9", "--post.mlm-length", "600"],
+      "post.mlm_length=600: the encoder has 512 positions",
+    ),
+    (["run", TINY, "--post.steps", "9", "--post.mlm-texts", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
     (["run", TINY, "--warmup.negatives", "100000"], "negatives=100000: the corpus of"),
     (["data"], "required"),
     (["data", "trec"], "invalid choice 'trec'"),

@@ -154,6 +154,24 @@ def test_a_real_step_names_its_collectives():
   assert any(c.kind == "all-gather" and c.bytes >= 24 * TINY.width * 4 for c in found)
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_a_step_of_post_training_has_the_shapes_of_its_batches(pairs):
+  """Masked rows and, with terms that compare, packed pairs; and the head's parameters."""
+  data = Data(query_length=6, passage_length=9, pack=32)
+  weights = Weights.only(mlm=1, nll_de=1) if pairs else Weights.only(mlm=1)
+  train = Train(batch=16, chunk=2, weights=weights, mlm_length=16, late_pool="global")
+  settings = Config(data=data, model=Model(late_width=8, scratch=TINY), post=train)
+  with jax.set_mesh(mesh.make()):
+    state, batch, _ = plan.arguments(settings, train, mesh.make())
+    _, terms = jax.eval_shape(lambda *given: step.loss(*given, settings.model, train, None), state.params, batch)
+  assert batch.masked.rows.tokens.shape == (16, 16)
+  assert batch.masked.rows.starts is None
+  assert batch.masked.places.shape == batch.masked.tokens.shape == (16, 2)
+  assert (batch.queries is not None) == (batch.known is not None) == pairs
+  assert state.params["masked"].bias.shape == (TINY.vocabulary,)
+  assert set(terms) == weights.active
+
+
 def test_bytes_held_count_one_share():
   with jax.set_mesh(mesh.make()):
     _, batch, _ = plan.arguments(Config(), Train(batch=64, negatives=1), mesh.make())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ernie_jax import config, hub, pretrained, step, templates, tokens
+from ernie_jax import config, hub, pretrained, scores, step, templates, tokens
 from ernie_jax.config import UserError
 from ernie_jax.encoder import Encoder, Rows
 
@@ -118,6 +118,30 @@ def test_old_names_of_norms_are_read(copy):
   edit(copy, rename)
   for name, x in pretrained.load(copy, "").encoder.items():
     np.testing.assert_array_equal(x, expected[name])
+
+
+def test_the_head_of_masked_language_modelling_is_taken_over_whole_or_not_at_all(copy):
+  """Its logits are those of BERT's `cls.predictions`, whose decoder is the word embeddings."""
+  encoder = pretrained.load(copy, "")
+  a, rng = dataclasses.replace(encoder.architecture, activation="relu"), np.random.default_rng(0)
+  shapes = {"transform.dense.weight": (a.width, a.width), "transform.dense.bias": (a.width,), "bias": (a.vocabulary,)}
+  shapes |= {f"transform.LayerNorm.{name}": (a.width,) for name in ("gamma", "beta")}
+  head = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+  edit(copy, lambda tensors: tensors.update({f"cls.predictions.{name}": x for name, x in head.items()}))
+  found = pretrained.load(copy, "")
+  made = {"masked": scores.Masked(a, jax.random.key(0)), "encoder": Encoder(a, jax.random.key(0))}
+  params, random = pretrained.assign(made, found, None)
+  assert not any(name.startswith("masked") for name in random)
+  words = np.asarray(params["encoder"].word.embedding[...])
+  hidden = rng.normal(size=(2, 3, a.width)).astype(np.float32)
+  x = np.maximum(hidden @ head["transform.dense.weight"].T + head["transform.dense.bias"], 0)
+  x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + a.epsilon)
+  x = x * head["transform.LayerNorm.gamma"] + head["transform.LayerNorm.beta"]
+  found_logits = params["masked"](hidden, params["encoder"])
+  np.testing.assert_allclose(found_logits, x @ words.T + head["bias"], rtol=1e-4, atol=1e-5)
+  edit(copy, lambda tensors: tensors.pop("cls.predictions.bias"))
+  assert pretrained.load(copy, "").masked == {}
+  assert any(name.startswith("masked") for name in pretrained.assign(made, pretrained.load(copy, ""), None)[1])
 
 
 def test_a_cross_encoders_logit_is_taken_over(copy):

@@ -18,6 +18,8 @@ from ernie_jax.search import Searcher
 
 ROOT = Path(__file__).parent.parent
 TINY = [str(ROOT / "configs" / "tiny.py"), "--mine.sample", "5", "--mine.margin", "0", "--mine.refresh", "4"]
+TINY += ["--post.steps", "8", "--post.batch", "8", "--post.mlm-length", "64", "--post.weights.nll-de", "1"]
+TINY += ["--post.optimizer.learning-rate", "2e-3", "--post.checkpoint-every", "3"]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,19 @@ def test_attention_maps_are_of_test_queries_and_what_the_cascade_changed(whole):
         values = np.array(pair[when][system])
         assert values.shape == (len(pair["query_tokens"]), len(pair["passage_tokens"]) + bool(pair["more"]))
         np.testing.assert_allclose(values.sum(1), 1, atol=0.0005 * values.shape[1])
+
+
+def test_post_training_learns_both_and_hands_on_the_student(whole):
+  directory, _ = whole
+  manifest = json.loads((directory / "post" / "manifest.json").read_text())
+  loss = manifest["heldout_mlm"]
+  assert loss["after"] < loss["before"] - 0.1
+  first, *_, last = [json.loads(line)["terms"] for line in (directory / "post" / "log.jsonl").read_text().splitlines()]
+  assert set(first) == {"mlm", "nll_de"}
+  assert last["mlm"] < first["mlm"]
+  pairs = [columns.matching(directory / "post" / "pairs" / name) for name in ("queries", "passages")]
+  assert len(pairs[0]) == len(pairs[1]) > 1000
+  assert not (directory / "model" / "model.safetensors").read_bytes().count(b"masked.")
 
 
 def test_training_helps(whole):
@@ -271,6 +286,7 @@ def test_search_equals_the_run_file(whole):
 INTERRUPTIONS = {
   "prepare": signal.SIGINT,
   "baselines": signal.SIGINT,
+  "post": signal.SIGKILL,
   "interaction": signal.SIGKILL,
   "mine": signal.SIGKILL,
   "warmup": signal.SIGINT,

@@ -1,6 +1,7 @@
 """Tokenizer and token store: round trips, reuse, and files cut short."""
 
 import dataclasses
+import gzip
 import json
 from types import SimpleNamespace
 
@@ -68,7 +69,7 @@ def test_a_directory_without_a_usable_tokenizer(tmp_path, damage):
 
 
 def dataset(texts, fingerprint="f", titles=None):
-  corpus = SimpleNamespace(titles=titles, texts=texts, passages=texts)
+  corpus = SimpleNamespace(titles=titles or [""] * len(texts), texts=texts, passages=texts)
   return SimpleNamespace(corpus=corpus, queries={"dev": SimpleNamespace(texts=texts[:2])}, fingerprint=fingerprint)
 
 
@@ -133,6 +134,31 @@ def test_titles_are_kept_apart_by_a_sep_that_no_text_can_forge(tokenizer, tmp_pa
   assert tokenizer.sep not in np.concatenate([title, text])
   assert store[0].tolist() == [*title, tokenizer.sep, *text]
   assert store[1].tolist() == [tokenizer.sep, *other]
+
+
+def test_lines_of_files_are_texts_kept_by_their_content(tokenizer, tmp_path):
+  """Plain and packed; lines without text are none. One that is no UTF-8 is named, or left out where that is allowed."""
+  first, second, data = tmp_path / "a.txt", tmp_path / "b.txt.gz", config.Data(cache=str(tmp_path / "cache"))
+  first.write_text("pad an array\n\n  \nzeros\n")
+  second.write_bytes(gzip.compress(b"sum of all\r\npad"))
+  for _ in range(2):
+    found = tokens.store_lines([first, second], tokenizer, data)
+    expected = tokenizer.encode(["pad an array", "zeros", "sum of all", "pad"])
+    assert [row.tolist() for row in found] == [row.tolist() for row in expected]
+  assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2  # one column, and the lock
+  first.write_bytes(b"zeros\npad \xff\n")
+  with pytest.raises(UserError, match=r"a\.txt:2: byte 5 of the line is not UTF-8"):
+    tokens.store_lines([first], tokenizer, data)
+  assert len(tokens.store_lines([first], tokenizer, dataclasses.replace(data, skip_bad=1))) == 1
+  with pytest.raises(UserError, match=r"nowhere\.txt: cannot be read"):
+    tokens.store_lines([tmp_path / "nowhere.txt"], tokenizer, data)
+
+
+def test_titles_have_a_store_of_their_own(tokenizer, tmp_path):
+  found = tokens.store(
+    dataset(["pad", "sum"], titles=["zeros", ""]), "titles", tokenizer, config.Data(cache=str(tmp_path))
+  )
+  assert [row.tolist() for row in found] == [tokenizer.encode(["zeros"])[0].tolist(), []]
 
 
 def test_what_a_killed_process_left_is_taken_away(tokenizer, tmp_path):
