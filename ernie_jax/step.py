@@ -126,6 +126,11 @@ def divides(train: config.Train, devices: int) -> None:
     raise config.UserError(f"batch={train.batch}: does not divide over {split}; use {good}{other}")
 
 
+def done(number: Int[Array, ""] | int, train: config.Train) -> Float[Array, ""] | float:
+  """How far a stage is in a step: 0 in the first, number 0, and 1 in the last."""
+  return number / max(train.steps - 1, 1)
+
+
 def loss(
   params: scores.Params,
   batch: scores.Batch,
@@ -180,8 +185,7 @@ def make_train_step(
 
   def train_step(state, batch, key):
     key = jax.random.fold_in(key, state.step)
-    done = state.step / max(train.steps - 1, 1)
-    objective = lambda params: loss(params, batch, model, train, key, done)
+    objective = lambda params: loss(params, batch, model, train, key, done(state.step, train))
     (value, terms), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
     gradient, params = part(gradient, train), part(state.params, train)
     updates, moments = optimizer.update(gradient, state.optimizer, params)

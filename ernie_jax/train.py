@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ernie_jax import batches, config, cost, mesh, step
+from ernie_jax import batches, config, cost, losses, mesh, step
 from ernie_jax.checkpoints import Checkpoints, described
 from ernie_jax.config import Interrupted, UserError
 from ernie_jax.progress import Progress, say
@@ -228,7 +228,7 @@ class _Log:
   """
 
   def __init__(self, directory: Path, stage: config.Train, done: int):
-    self.path, self.weights = directory / "log.jsonl", dataclasses.asdict(stage.weights)
+    self.path, self.stage = directory / "log.jsonl", stage
     if not mesh.leads():
       return
     from tensorboardX import SummaryWriter
@@ -259,10 +259,12 @@ class _Log:
     if not mesh.leads():
       return
     scalars = {f"train/{name}": x for name, x in terms.items()} | {f"speed/{name}": x for name, x in speed.items()}
-    scalars |= {f"weight/{name}": x for name, x in self.weights.items()} | {f"dev/{name}": x for name, x in dev.items()}
+    weights = losses.scheduled(self.stage.weights, self.stage.final_weights, step.done(number - 1, self.stage))
+    scalars |= {f"weight/{name}": weights[name] for name in self.stage.on.active}
+    scalars |= {f"dev/{name}": x for name, x in dev.items()}
     for name, x in scalars.items():
       self.board.add_scalar(name, x, number)
-    own = {name: x for name, x in terms.items() if name in self.weights}
+    own = {name: x for name, x in terms.items() if name in self.stage.on.active}
     line = {"step": number, "terms": own} | {name: x for name, x in terms.items() if name not in own}
     line |= {"seconds": round(seconds, 3)} | ({"dev": dev} if dev else {})
     self.file.write(json.dumps(line) + "\n")

@@ -103,7 +103,7 @@ def make_batch(
   return jax.tree.map(jax.numpy.asarray, batch)
 
 
-SLOW = ("test_recipe", "test_train", "test_step", "test_checkpoints")
+SLOW = ("test_recipe", "test_train", "test_step", "test_ablate", "test_checkpoints")
 
 
 def pytest_collection_modifyitems(items):

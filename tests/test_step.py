@@ -257,9 +257,9 @@ def test_a_uniform_teacher_is_a_cross_encoder_that_gives_all_the_same(tiny_param
   on = Weights.only(kl_ce_li=1, kl_ce_de=1, kl_attention=1)
   train = dataclasses.replace(FULL, weights=on, teacher="uniform")
   batch = make_batch()
-  found = step.loss(params, batch.replace(pairs=None), model, train, None)[1]
+  found = jax.jit(lambda p: step.loss(p, batch.replace(pairs=None), model, train, None)[1])(params)
   real = dataclasses.replace(train, teacher="frozen")
-  given = scores.score(params, batch, model, real, None)
+  given = jax.jit(lambda p: scores.score(p, batch, model, real, None))(params)
   even = given.replace(cross=0 * given.cross, attention=0 * given.attention + 1)
   for term, value in losses.terms(even, real).items():
     np.testing.assert_allclose(found[term], value, rtol=1e-5, err_msg=term)
