@@ -305,6 +305,7 @@ class Optimizer:
 
   learning_rate: float = 2e-5
   head_learning_rate: float | None = None  # of the students' projections and the logit; None: the same
+  teacher_learning_rate: float | None = None  # of the cross-encoder's own parameters; None: the same
   warmup: float = 0.1  # share of the stage's steps
   weight_decay: float = 0.01
   clip: float = 1.0  # largest global gradient norm
@@ -313,8 +314,9 @@ class Optimizer:
   def __post_init__(self):
     check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
     check(0 <= self.warmup <= 1, "optimizer.warmup", self.warmup, "is a share of the steps, in [0, 1]")
-    rate = self.head_learning_rate
-    check(rate is None or 0 < rate < math.inf, "optimizer.head_learning_rate", rate, "must be above 0")
+    for field in ("head_learning_rate", "teacher_learning_rate"):
+      rate = getattr(self, field)
+      check(rate is None or 0 < rate < math.inf, f"optimizer.{field}", rate, "must be above 0")
     check(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "must be a number >= 0")
     check(self.clip > 0, "optimizer.clip", self.clip, "must be above 0; use a large number to switch it off")
 

@@ -88,15 +88,21 @@ def make_optimizer(model: config.Model, train: config.Train) -> optax.GradientTr
     weight_decay=o.weight_decay,
     mask=lambda tree: jax.tree.map(decays, names(tree)),
   )
+  or_else = lambda rate, other: other if rate is None else rate
+  teacher = or_else(o.teacher_learning_rate, o.learning_rate)
+  rates = {"body": o.learning_rate, "head": or_else(o.head_learning_rate, o.learning_rate)}
+  if o.teacher_learning_rate is not None:
+    rates |= {"teacher body": teacher, "teacher head": or_else(o.head_learning_rate, teacher)}
+
+  def label(name):
+    found = group(name, model, train.on)
+    return f"teacher {found}" if name.startswith("teacher.") and f"teacher {found}" in rates else found
+
   chain = optax.chain(
     optax.clip_by_global_norm(o.clip),
     optax.partition(
-      {
-        "body": adamw(o.learning_rate),
-        "head": adamw(o.learning_rate if o.head_learning_rate is None else o.head_learning_rate),
-        "frozen": optax.set_to_zero(),
-      },
-      lambda tree: jax.tree.map(lambda name: group(name, model, train.on), names(tree)),
+      {"frozen": optax.set_to_zero()} | {name: adamw(rate) for name, rate in rates.items()},
+      lambda tree: jax.tree.map(label, names(tree)),
     ),
   )
   return optax.apply_if_finite(chain, max_consecutive_errors=MOST_SKIPPED)

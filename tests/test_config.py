@@ -51,6 +51,7 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
     (lambda: config.Train(weights=Weights.only(nll_de=1), dual_pool="own"), "dual_pool='own'"),
     (lambda: config.Optimizer(weight_decay=float("nan")), "optimizer.weight_decay=nan"),
     (lambda: config.Optimizer(head_learning_rate=0), "optimizer.head_learning_rate=0"),
+    (lambda: config.Optimizer(teacher_learning_rate=-1), "optimizer.teacher_learning_rate=-1"),
     (lambda: config.Config(seed=-1), "seed=-1"),
     (
       lambda: config.Config(

@@ -362,6 +362,22 @@ def test_head_learning_rate_is_the_heads(tiny_params):
   assert config.Optimizer().head_learning_rate is None
 
 
+def test_every_part_moves_at_its_own_rate(tiny_params):
+  """Adam's first step moves every entry that has a gradient by the rate, whatever the gradient."""
+  model, params = tiny_params
+  rates = {"learning_rate": 1e-3, "head_learning_rate": 3e-3, "teacher_learning_rate": 5e-4}
+  optimizer = Optimizer(**rates, warmup=0.0, weight_decay=0.0, clip=1e9)
+  train = dataclasses.replace(FULL, weights=Weights.only(nll_ce=1, nll_de=1, nll_li=1), optimizer=optimizer)
+  made = step.make_optimizer(model, train)
+  ones = jax.tree.map(jnp.ones_like, params)
+  moves, _ = made.update(ones, made.init(params), params)
+  found = dict(zip(jax.tree.leaves(step.names(moves)), (float(-x.max()) for x in jax.tree.leaves(moves))))
+  for name, move in found.items():
+    head = name.startswith(("student.projection", "teacher.head"))
+    expected = 3e-3 if head else 5e-4 if name.startswith("teacher") else 1e-3
+    np.testing.assert_allclose(move, expected, rtol=1e-4, err_msg=name)
+
+
 def test_names_are_unique_and_keep_parts_called_value(tiny_params):
   model, params = tiny_params
   names = jax.tree.leaves(step.names(step.init_state(params, model, FULL)))
