@@ -58,7 +58,7 @@ class Row:
 
   def changes(self, full: Config) -> dict[str, list[Any]]:
     """{field: [value in full, value here]} of the fields that differ."""
-    old, new = (recipe.flat(dataclasses.asdict(c)) for c in (full, self.config))
+    old, new = (config.flat(dataclasses.asdict(c)) for c in (full, self.config))
     return {k: [old.get(k), new.get(k)] for k in sorted(old | new) if old.get(k) != new.get(k)}
 
 
@@ -67,7 +67,7 @@ class Row:
 CROSS = ("kl_ce_li", "kl_ce_de", "kl_attention")  # what the cross-encoder teaches
 DISTILLED = (*CROSS, "kl_li_de")
 DUALREG = ("dualreg_query", "dualreg_passage")
-PARAMETERS = ("nll_ce", "nll_ce_fgm", "kl_listwise", "kl_bidirectional", "margin_mse", "virt")  # need the CE's own
+PARAMETERS = (*config.TEACHING, "margin_mse", "virt")  # need the CE's own
 DEVICES = 8  # of the global batch, of which one has its negatives in "no_cross_batch"
 
 Change = Callable[[Config], Config]
@@ -98,6 +98,11 @@ def only(*terms: str) -> Change:
   return lambda c: stage(c, "cascade", **weighted(c.cascade, lambda term: term in terms))
 
 
+def frozen(c: Config) -> Config:
+  teacher = "frozen" if c.cascade.teacher == "joint" else c.cascade.teacher
+  return without("nll_ce", teacher=teacher)(c)
+
+
 def without_dualreg(c: Config) -> Config:
   for name in recipe.TRAINED:
     train = getattr(c, name)
@@ -108,8 +113,10 @@ def without_dualreg(c: Config) -> Config:
 
 def without_cross_batch(c: Config) -> Config:
   """Negatives from the batch of one device in eight; without hard ones a query needs one other query's, at least."""
-  for name in ("interaction", "cascade"):
+  for name in ("post", "interaction", "cascade"):
     train = getattr(c, name)
+    if not train.steps or not train.on.needs_student:
+      continue
     least = max(train.batch // DEVICES, 1 if train.negatives else 2)
     group = next((n for n in range(least, train.batch) if train.batch % n == 0), None)
     c = stage(c, name, in_batch=group if train.in_batch is None else train.in_batch)
@@ -117,7 +124,7 @@ def without_cross_batch(c: Config) -> Config:
 
 
 def without_post(c: Config) -> Config:
-  return stage(c, "post", steps=0) if getattr(c, "post", None) is not None else c
+  return stage(c, "post", steps=0)
 
 
 ROWS: tuple[tuple[str, Group, str, Change], ...] = (
@@ -134,7 +141,7 @@ ROWS: tuple[tuple[str, Group, str, Change], ...] = (
   ("no_kl", "loss", "without all distillation", without(*DISTILLED)),
   ("no_nll_de", "loss", "without DE's own loss", without("nll_de")),
   ("no_nll_li", "loss", "without LI's own loss", without("nll_li")),
-  ("no_nll_ce", "loss", "without CE's own loss (frozen)", without("nll_ce", teacher="frozen")),
+  ("no_nll_ce", "loss", "without CE's own loss (frozen)", frozen),
   ("de_only", "controls", "DE only", only("nll_de", *DUALREG)),
   ("no_teacher", "controls", "no teacher (LI→DE)", only("nll_de", "nll_li", "kl_li_de", *DUALREG)),
   ("uniform_teacher", "controls", "uniform teacher", without(*PARAMETERS, teacher="uniform")),
@@ -146,6 +153,12 @@ ROWS: tuple[tuple[str, Group, str, Change], ...] = (
   ("no_cross_batch", "strategy", "without cross-batch", without_cross_batch),
   ("no_denoising", "strategy", "without denoising", lambda c: stage(c, "mine", denoise=None, margin=None)),
 )
+
+
+def read(c: Config) -> Config:
+  """The configuration without the settings of stages that are left out."""
+  idle = [name for name in recipe.TRAINED if not getattr(c, name).steps]
+  return dataclasses.replace(c, **{name: dataclasses.replace(getattr(Config(), name), steps=0) for name in idle})
 
 
 def grid(full: Config, names: Sequence[str], own: dict[str, Config]) -> tuple[list[Row], dict[str, str]]:
@@ -175,7 +188,7 @@ def grid(full: Config, names: Sequence[str], own: dict[str, Config]) -> tuple[li
         left_out[name] = str(error)
   rows += [Row(name, "own", name, c) for name, c in own.items() if picked(name, "own")]
   for row in rows[1:]:
-    if row.config == full:
+    if read(row.config) == read(full):
       left_out[row.name] = "is the full configuration"
   return [row for row in rows if row.name not in left_out], left_out
 
@@ -209,7 +222,7 @@ def ablate(
   for seed in seeds:
     dataclasses.replace(full, seed=seed)  # checks it
   recipe.claim(directory, full, fresh, "ablation", FILE)
-  everything, _ = grid(full, GROUPS, own)
+  everything, left_out_of_all = grid(full, GROUPS, own)
   for row in everything:  # what is there will be in the table: it must be this row
     for done, place in finished(directory / row.name).items():
       recipe.claim(place, dataclasses.replace(row.config, seed=int(done)), fresh=False)
@@ -232,7 +245,7 @@ def ablate(
         place = directory / row.name / str(own_seed)
         say(f"row {row.name}, seed {own_seed}")
         run(row, own_seed, place, bases[based(directory, row)], begun)
-      table = summary(full, directory, everything, left_out, bases[based(directory, rows[0])])
+      table = summary(full, directory, everything, left_out_of_all, bases[based(directory, rows[0])])
       write(table, directory)
   say(f"done in {clock(time.monotonic() - start)}: {directory / 'ablation.md'}")
   return table
@@ -243,7 +256,7 @@ def digest(c: Config, name: str) -> str:
   read = dataclasses.asdict(c)
   if name in ("prepare", "baselines"):
     # Post-training brings texts and a head of its own, which are there from the beginning.
-    read = {field: read[field] for field in ("seed", "data", "model", "post") if field in read}
+    read = {field: read[field] for field in ("seed", "data", "model", "post")}
   else:
     for later in SECTIONS[SECTIONS.index(SERVES.get(name, name)) + 1 :]:
       read.pop(later, None)
@@ -252,8 +265,8 @@ def digest(c: Config, name: str) -> str:
     if name != "denoise":
       del read["mine"]["denoise"], read["mine"]["margin"]
   # A field that a later version brings has its default, and changes nothing.
-  usual = recipe.flat(dataclasses.asdict(Config()))
-  said = {field: value for field, value in recipe.flat(read).items() if field not in usual or usual[field] != value}
+  usual = config.flat(dataclasses.asdict(Config()))
+  said = {field: value for field, value in config.flat(read).items() if field not in usual or usual[field] != value}
   return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -271,8 +284,8 @@ def begin(place: Path, row: Row) -> recipe.Run:
 
 def stages(c: Config) -> list[str]:
   """The stages before the cascade that a configuration has, but for `prepare` and `baselines`."""
-  idle = {name for name in SECTIONS if getattr(getattr(c, name, None), "steps", 1) == 0}
-  idle |= set() if c.mine.judged else {"denoise"}
+  idle = {name for name in recipe.TRAINED if not getattr(c, name).steps}
+  idle |= set() if c.mine.judged and c.cascade.steps else {"denoise"}
   idle |= set() if c.cascade.steps and c.cascade.needs_cross else {"check"}
   every = recipe.STAGES[recipe.STAGES.index("baselines") + 1 : recipe.STAGES.index("cascade")]
   return [name for name in every if name not in idle]
@@ -368,7 +381,8 @@ def summary(
 def finished(directory: Path) -> dict[str, Path]:
   """{seed: folder} of a row's runs that are measured."""
   found = [path.parent.parent for path in directory.glob("*/evaluate/manifest.json")]
-  return {path.name: path for path in sorted(found, key=lambda path: int(path.name))}
+  seeds = [path for path in found if path.name.isdigit()]
+  return {path.name: path for path in sorted(seeds, key=lambda path: int(path.name))}
 
 
 def compared(runs: dict[str, dict[str, Values]], full: dict[str, dict[str, Values]]) -> dict[str, Any]:

@@ -223,6 +223,12 @@ class Model:
     )
 
 
+TEACHING = frozenset({"nll_ce", "nll_ce_fgm", "kl_listwise", "kl_bidirectional"})  # send the cross-encoder a gradient
+TAUGHT = frozenset({"kl_ce_li", "kl_ce_de", "kl_attention", "margin_mse", "virt"})  # ask for it, and send none
+# Compare dual-encoder vectors.
+VECTORS = frozenset({"nll_de", "kl_li_de", "kl_ce_de", "margin_mse", "kl_listwise", "kl_bidirectional"})
+
+
 @dataclasses.dataclass(frozen=True)
 class Weights:
   """Weight of each loss term; a term of weight 0 is not traced. The paper weighs all its terms 1; peers' follow."""
@@ -261,16 +267,15 @@ class Weights:
   @property
   def trains_teacher(self) -> bool:
     """Whether some term sends a gradient to the cross-encoder."""
-    return bool(self.active & {"nll_ce", "nll_ce_fgm", "kl_listwise", "kl_bidirectional"})
+    return bool(self.active & TEACHING)
 
   @property
   def needs_teacher(self) -> bool:
-    return self.trains_teacher or bool(self.active & {"kl_ce_li", "kl_ce_de", "kl_attention", "margin_mse", "virt"})
+    return bool(self.active & (TEACHING | TAUGHT))
 
   @property
   def needs_dual(self) -> bool:
-    vectors = {"nll_de", "kl_li_de", "kl_ce_de", "margin_mse", "kl_listwise", "kl_bidirectional"}
-    return bool(self.active & vectors) or self.needs_twin
+    return bool(self.active & VECTORS) or self.needs_twin
 
   @property
   def needs_late(self) -> bool:
@@ -321,6 +326,7 @@ class Optimizer:
     check(self.clip > 0, "optimizer.clip", self.clip, "must be above 0; use a large number to switch it off")
 
 
+Stage = Literal["post", "interaction", "warmup", "cascade"]  # those that train
 OWN_LIST = frozenset({"nll_ce", "nll_ce_fgm", "kl_ce_li", "kl_ce_de", "margin_mse", "kl_listwise", "kl_bidirectional"})
 
 
@@ -370,6 +376,8 @@ class Train:
       group,
       f"must divide batch={self.batch}, or be None",
     )
+    check(group != 1 or self.negatives > 0, "in_batch", group, "leaves no negative at all: use 2 or more, or negatives")
+    check(bool(on.mlm) or not self.mlm_texts, "mlm_texts", self.mlm_texts, "are read by weights.mlm, which is 0")
     check(
       not self.measure_every or on.needs_student or on.mlm > 0,
       "measure_every",
@@ -397,7 +405,7 @@ class Train:
     )
     for term in sorted(on.active):
       check(
-        self.teacher == "joint" or not Weights.only(**{term: 1}).trains_teacher,
+        self.teacher == "joint" or term not in TEACHING,
         f"weights.{term}",
         getattr(on, term),
         f"trains nothing when the teacher is {self.teacher}: set it to 0, or teacher='joint'",
@@ -518,7 +526,7 @@ class Config:
       self.post.on.mlm,
       "trains the passages' encoder only: set model.tied=True; or in a run of its own, from which model.start begins",
     )
-    for name in ("post", "interaction", "warmup", "cascade"):
+    for name in get_args(Stage):
       check(
         name == "post" or not getattr(self, name).on.mlm,
         f"{name}.weights.mlm",

@@ -69,7 +69,7 @@ def flops(
   """Model FLOPs of one training step over the global batch, for the terms that are on (METHOD: shapes, three scorers).
 
   `rows` are the rows of the global batch and their tokens, by tower: "queries", "passages", "pairs", "masked".
-  What is trained counts three times (forward, and twice that backward), a cross-encoder without `nll_ce` once.
+  What is trained counts three times (forward, and twice that backward), a cross-encoder that no term trains once.
   """
   weights, terms = train.on, train.on.active
   queries, lists = train.batch, 1 + train.negatives
@@ -80,7 +80,8 @@ def flops(
     a = student if model.share_encoder else teacher
     head = 2 * passages * (a.width + (a.width**2 if model.teacher_pooler else 0))
     pairs = forward(a, *rows["pairs"]) + head
-    total += (3 if weights.trains_teacher else 1) * pairs
+    once = bool(terms & (config.TEACHING | config.TAUGHT) - {"nll_ce_fgm"})
+    total += (3 if weights.trains_teacher else 1) * pairs * once
     total += 5 * pairs if weights.nll_ce_fgm else 0  # 2 to find the move (no weight has a gradient there), 3 after it
 
   if weights.needs_student:
@@ -88,9 +89,7 @@ def flops(
     towers = forward(student, *rows["queries"]) + forward(student, *rows["passages"])
     dual_pool = "nll_de" in terms and train.dual_pool == "global"
     dual_pool |= "kl_li_de" in terms and train.late_pool == "global"
-    vectors = (
-      passages if terms & {"nll_de", "kl_li_de", "kl_ce_de", "margin_mse", "kl_listwise", "kl_bidirectional"} else 0
-    )
+    vectors = passages if terms & config.VECTORS else 0
     vectors += queries * passages * (2 if weights.needs_twin else int(dual_pool))
     width = student.width if model.dual_width is None else model.dual_width
     total += 3 * (copies * towers + 2 * vectors * width)

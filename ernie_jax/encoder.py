@@ -244,6 +244,8 @@ class Encoder(nnx.Module):
       return x, attention.mean(1)
 
     if isinstance(self.layers, nnx.List):
+      if every:
+        raise ValueError("layers that were taken apart give the last one's output alone")
       for layer in self.layers[:-1]:
         x, _ = layer(x, mask, None)
       return apply(x, (self.layers[-1], None), rows if leads else None)

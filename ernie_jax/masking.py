@@ -143,3 +143,17 @@ class Masking:
     tokens = tokens.copy()
     tokens[chosen] = np.where(kind < 0.8, self.tokenizer.mask, np.where(kind < 0.9, other, tokens[chosen]))
     return tokens, places, stood
+
+
+def every_row(texts: Plain, train: config.Train, tokenizer: Tokenizer, multiple: int) -> MaskedRows:
+  """Rows that hold each text once (the last is filled up with the first texts again), masked; numpy.
+
+  Then copies of the last without masked places, up to a multiple of so many rows.
+  """
+  masking, planned = Masking(texts, train, tokenizer, 0), []
+  while masking.text < len(texts):
+    planned.append(masking.next_row())
+  more = -len(planned) % multiple
+  rows = masking.gather(planned + planned[-1:] * more)
+  rows.tokens[len(planned) :] = -1
+  return rows

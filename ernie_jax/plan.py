@@ -16,7 +16,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ernie_jax import batches, config, cost, mesh, scores, step
-from ernie_jax.config import Config, UserError, check, first_line
+from ernie_jax.config import Config, Stage, UserError, check, first_line
 from ernie_jax.cost import GIB
 from ernie_jax.encoder import Rows
 from ernie_jax.progress import clock, say
-
-Stage = Literal["post", "interaction", "warmup", "cascade"]
 
 
 class Family(NamedTuple):

@@ -51,7 +51,7 @@ from ernie_jax.columns import Ragged
 from ernie_jax.config import Config, Interrupted, UserError, Weights, flat
 from ernie_jax.datasets import files
 from ernie_jax.progress import clock, say
-from ernie_jax.scores import Params, Student, Teacher, late_width
+from ernie_jax.scores import Batch, Params, Student, Teacher, late_width
 from ernie_jax.train import Trained, finished, train
 
 STAGES = (
@@ -298,10 +298,6 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
   for split in ("train", "dev", "test"):
     if not len(data.queries[split].ids):
       raise UserError(f"data.name={settings.data.name!r}: no {split} queries; add packages or use a larger data set")
-  if settings.mine.use != "mined" and not data.queries["train"].negatives.lengths.any():
-    raise UserError(
-      f"mine.use={settings.mine.use!r}: the training queries bring no negatives; use 'mined', or add some to the data"
-    )
   own_teacher = bool(settings.model.teacher_start)
   student = start("model.start", settings.model.start, cache)
   teacher = student
@@ -389,6 +385,10 @@ def sources(directory: Path, settings: Config) -> tuple[Run, tuple[Any, Any], tu
 
 def suits(settings: Config, data: datasets.Dataset, student: config.Architecture) -> None:
   """`UserError` if a stage asks for dropout that the student lacks, or for more negatives than there are passages."""
+  if settings.mine.use != "mined" and not data.queries["train"].negatives.lengths.any():
+    raise UserError(
+      f"mine.use={settings.mine.use!r}: the training queries bring no negatives; use 'mined', or add some to the data"
+    )
   rate = encoder.with_dropout(student, settings.model.dropout)
   for name, stage in trained(settings).items():
     if max(rate.dropout, rate.attention_dropout) == 0 and stage.on.needs_twin:
@@ -463,7 +463,7 @@ def before_cascade(current: Run) -> Begun:
   check = None
   if settings.cascade.steps and settings.cascade.needs_cross:
     check = current.stage("check", lambda _: check_teacher(current, interaction, warm))
-  if settings.mine.judged:
+  if settings.mine.judged and settings.cascade.steps:
     current.stage("denoise", lambda place: denoise(current, warm, place))
     negatives = hard(current, directory / "denoise" / NEGATIVES)
   return Begun(interaction, warm, negatives, mined, check)
@@ -550,6 +550,12 @@ def post_texts(current: Run, place: Path) -> tuple[batches.Texts, masking.Plain 
       place / "pairs", current.passages, titles, current.identity, tokenizer, data, stage.pseudo, seed
     )
   queries, passages, identity = pairs
+  different = len(np.unique(identity))
+  if different < stage.negatives + 2:
+    raise UserError(
+      f"post.weights: only {different} pseudo-queries differ in query and text, too few for negatives; "
+      "use --post.pseudo cloze, or masked language modelling alone"
+    )
   one = Ragged(np.arange(len(queries), dtype=np.int32), np.arange(len(queries) + 1))
   none = Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64))
   return batches.Texts(queries, passages, identity, one, none, tokenizer, plain), held_out
@@ -558,14 +564,12 @@ def post_texts(current: Run, place: Path) -> tuple[batches.Texts, masking.Plain 
 def held_out_loss(current: Run, held_out: masking.Plain) -> Callable[[Params], float]:
   """Measures -log p of the masked tokens of held-out texts: the mean over all; no dropout, always the same masks."""
   settings, stage, grid = current.config, current.config.post, mesh.make()
-  devices = jax.device_count()
-  batch = devices * min(stage.batch // devices, 8)
+  batch = jax.device_count() * min(stage.batch // jax.device_count(), 8)
   alone = dataclasses.replace(
     stage, batch=batch, chunk=None, in_batch=None, weights=Weights.only(mlm=1), final_weights=None, measure_every=0
   )
-  texts = batches.Texts.unpaired(held_out, current.tokenizer)
-  length = sum(held_out.size(i) + 2 for i in range(len(held_out)))
-  turns = -(-length // (stage.mlm_length * batch))
+  rows = masking.every_row(held_out, stage, current.tokenizer, batch)
+  own = mesh.share(grid, batch)
 
   @jax.jit
   def sums(params, batch):
@@ -574,14 +578,10 @@ def held_out_loss(current: Run, held_out: masking.Plain) -> Callable[[Params], f
 
   def measure(params: Params) -> float:
     params, total, count = mesh.whole(params, grid), 0.0, 0
-    layout = batches.layout(settings.data, alone, devices, texts)
-    iterator = batches.batches(texts, settings.data, alone, 0, layout, mesh.share(grid, batch))
-    try:
-      for _ in range(turns):
-        found = sums(params, mesh.shard(next(iterator), grid))
-        total, count = total + float(found[0]), count + int(found[1])
-    finally:
-      iterator.close()
+    for begin in range(0, len(rows.tokens), batch):
+      some = Batch(masked=jax.tree.map(lambda x: x[begin + own], rows))
+      found = sums(params, mesh.shard(some, grid))
+      total, count = total + float(found[0]), count + int(found[1])
     return total / max(count, 1)
 
   return measure
@@ -784,13 +784,18 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   rng = np.random.default_rng(current.config.seed)
   draws = [measured(rng.random(found.shape))["MRR@10"] for _ in range(20)]
   scores = {"student": measured(values), "late": measured(late), "teacher": measured(teacher)}
-  student, taught = (scores[name]["MRR@10"] for name in ("student", "teacher"))
+  student, late_mrr, taught = (scores[name]["MRR@10"] for name in ("student", "late", "teacher"))
   warning = None
   where = f"on {len(some)} dev queries, top {e.teacher_depth}"
   remedy = "give warmup.steps more, or start from a stronger cross-encoder (model.teacher_start)"
   if taught < np.mean(draws) + 2 * np.std(draws):
     warning = (
       f"the teacher ranks at chance (MRR@10 {taught:.3f} {where}; in random order {np.mean(draws):.3f}): {remedy}"
+    )
+  elif taught < late_mrr and current.config.cascade.on.active & {"kl_ce_li", "kl_attention"}:
+    warning = (
+      f"the teacher ranks worse than the late interaction that it teaches (MRR@10 {taught:.3f} < {late_mrr:.3f}, "
+      f"dual-encoder {student:.3f}, {where}): {remedy}"
     )
   elif taught < student:
     warning = (

@@ -14,7 +14,7 @@ import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -31,7 +31,7 @@ NAMES = {
   "cross": "Cross-encoder",
 }
 RANKERS = ("dual", "late", "cross")  # whose disagreements are shown
-TRAINED = ("post", "interaction", "warmup", "cascade")  # the stages that leave a log.jsonl
+TRAINED = get_args(config.Stage)  # the stages that leave a log.jsonl
 HEADLINE = "MRR@10"
 SHOWN = 200  # characters of a passage
 # Who is right where who is wrong, and of how many queries that is shown.
@@ -354,7 +354,8 @@ def _pair(pair: dict[str, Any]) -> str:
   for values in maps.values():
     if [len(own) for own in values] != [len(columns)] * len(names):
       raise ValueError(f"a map of {len(values)} rows for {len(names)} tokens")
-  top = max(x for values in maps.values() for own in values for x in own[: len(pair["passage_tokens"])])
+  # A query of unknown tokens alone has no rows.
+  top = max((x for values in maps.values() for own in values for x in own[: len(pair["passage_tokens"])]), default=0.0)
   drawn = [
     draw.heat_map(
       NAMES[who] if same else f"{when.capitalize()}: {NAMES[who].lower()}", values, names, columns, top, bool(more)

@@ -175,7 +175,7 @@ def embed(
     if noise is not None:
       texts = jnp.concatenate([noise.texts * copies + i for i in range(copies)])
       numbers = Noise(noise.seeds, texts, jnp.zeros_like(texts))
-  alone = model.pooling == "cls" and not late and noise is None
+  alone = model.pooling == "cls" and not late and noise is None and not every
   hidden, _ = encoder(several, numbers, leads=alone, every=every)
   layers: Any = None
   if every:

@@ -164,7 +164,7 @@ def fgm(
 
   As RocketQA does it: one move of the whole table, which has the radius as its norm. The move is a constant.
   """
-  alone = dataclasses.replace(train, weights=config.Weights.only(nll_ce=1), final_weights=None)
+  alone = dataclasses.replace(train, weights=config.Weights.only(nll_ce=1), final_weights=None, measure_every=0)
   tower = "student" if params["teacher"].encoder is None else "teacher"
 
   def at(move):
@@ -187,7 +187,8 @@ def make_train_step(
   gradient that is not finite and so changed nothing: `skipped`, and `skipped_in_a_row` up to this one.
   """
   optimizer = make_optimizer(model, train)
-  rate = schedule(train.optimizer.learning_rate, train)
+  own = None if train.on.needs_student or train.on.mlm else train.optimizer.teacher_learning_rate
+  rate = schedule(train.optimizer.learning_rate if own is None else own, train)
 
   def train_step(state, batch, key):
     key = jax.random.fold_in(key, state.step)

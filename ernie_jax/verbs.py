@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from ernie_jax.config import Architecture, Config, Data, DataName, Hosts, UserError
+from ernie_jax.config import Architecture, Config, Data, DataName, Hosts, Stage, UserError
 from ernie_jax.signals import SIGNALS
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Plan:
 
   config: Annotated[Config, tyro.conf.arg(name="")]  # its fields are flags without a prefix
   topology: str = "v5e:16x16"  # the slice: v5e:RxC, v6e:RxC or v5p:AxBxC chips
-  stage: Literal["post", "interaction", "warmup", "cascade"] = "cascade"
+  stage: Stage = "cascade"
   sweep: bool = False  # 16, 32, 64, 128 and 256 chips, with the batch per chip that topology has
 
 
@@ -297,6 +297,12 @@ def ablate(args: Sequence[str]) -> None:
     name: parse(Ablate, "ablate CONFIG", args[named:], Ablate(output, c)).config
     for name, c in load_rows(args[0]).items()
   }
+  from ernie_jax import mesh
+
+  try:
+    mesh.join(Hosts())
+  except UserError as error:
+    raise UserError(f"ablate runs in one process ({str(error).split(':')[0]}): start it without a launcher") from error
   import absl.logging
 
   from ernie_jax import ablate as ablation

@@ -78,10 +78,8 @@ def test_a_row_that_changes_nothing_or_cannot_be_is_left_out_and_says_why(full, 
 def test_groups_hold_every_row_once_and_own_rows_follow():
   own = {"short": dataclasses.replace(FULL, seed=1)}
   rows, left_out = ablate.grid(FULL, ablate.GROUPS, own)
-  assert [row.name for row in rows] + [*left_out] == [name for name, *_ in ablate.ROWS if name not in left_out] + [
-    "short",
-    *left_out,
-  ]
+  assert [row.name for row in rows] == [*(name for name, *_ in ablate.ROWS if name not in left_out), "short"]
+  assert len(left_out) < 3
   usual, _ = ablate.grid(FULL, ablate.USUAL, own)
   assert {row.group for row in usual} == {"loss", "controls"}
 

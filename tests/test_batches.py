@@ -128,7 +128,8 @@ def test_known_positives_are_named_by_text(texts):
 def test_packed_equals_padded(tiny_params):
   """Every term and every gradient, with dropout and its twins; packed in chunks on two devices, padded on one."""
   model, params = tiny_params
-  train = config.Train(batch=8, negatives=2, late_pool="global")
+  peers = config.Weights(margin_mse=1, kl_listwise=1, kl_bidirectional=1, virt=1)
+  train = config.Train(batch=8, negatives=2, weights=peers, late_pool="global")
   found = []
   for devices, chunk, units in ((1, None, 0), (2, 2, 4)):
     settings, grid = dataclasses.replace(train, chunk=chunk), mesh.make(jax.devices()[:devices])

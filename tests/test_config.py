@@ -39,6 +39,8 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
     (lambda: config.Optimizer(clip=0), "optimizer.clip=0"),
     (lambda: config.Train(steps=-1, negatives=1), "steps=-1"),
     (lambda: config.Train(in_batch=3, negatives=1), "in_batch=3: must divide batch=64"),
+    (lambda: config.Train(in_batch=1, weights=Weights.only(nll_de=1)), "in_batch=1: leaves no negative"),
+    (lambda: config.Train(mlm_texts=("a",), weights=Weights.only(nll_de=1)), "mlm_texts=('a',): are read by"),
     (
       lambda: config.Train(negatives=1, teacher="uniform", weights=Weights.only(kl_ce_de=1, kl_listwise=1)),
       "weights.kl_listwise=1: trains nothing when the teacher is uniform",

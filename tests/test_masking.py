@@ -85,6 +85,23 @@ def test_rows_hold_every_text_once_an_epoch_end_to_end(texts):
   assert used > 0.93 * masker.row * LENGTH
 
 
+def test_what_is_measured_is_every_text_once_on_any_number_of_devices(texts):
+  one, eight = (masking.every_row(texts.plain, STAGE, texts.tokenizer, multiple) for multiple in (1, 8))
+  assert len(eight.tokens) % 8 == 0
+  assert (eight.tokens[len(one.tokens) :] == -1).all()
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+    np.testing.assert_array_equal(a, b[: len(a)])
+  flat = original(one)[one.rows.segments > 0]
+  words = flat[~np.isin(flat, texts.tokenizer.special)]
+  every = np.concatenate([texts.plain[i] for i in range(len(texts.plain))])
+  every = every[~np.isin(every, texts.tokenizer.special)]
+  more = len(words) - len(every)  # the last row is filled up
+  assert 0 <= more < LENGTH
+  counts = np.bincount(words, minlength=100) - np.bincount(every, minlength=100)
+  assert counts.min() >= 0
+  assert counts.sum() == more
+
+
 def test_masks_are_whole_words_as_many_as_asked_80_10_10_and_never_special(texts):
   """Within five standard deviations of the binomial; words that are pieces of one another are masked together."""
   masker = masking.Masking(texts.plain, STAGE, texts.tokenizer, 0)
