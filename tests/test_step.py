@@ -28,7 +28,7 @@ def alone(tiny_params):
   return gradients(model, FULL, params, make_batch(), jax.random.key(7))
 
 
-@pytest.mark.parametrize(("devices", "chunk"), [(1, 1), (2, None), (8, None), ("2 processes", 2)])
+@pytest.mark.parametrize(("devices", "chunk"), [(2, 1), (8, None), ("2 processes", 2)])
 def test_loss_and_gradients_do_not_depend_on_devices_hosts_or_chunks(
   tiny_params, alone, devices, chunk, tmp_path, monkeypatch
 ):
