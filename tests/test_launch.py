@@ -27,7 +27,7 @@ COMMANDS = {
   "quickstart": [*VENV, f"{PIP} .", f"ernie-jax run configs/quickstart.py {SHOWN}"],
   "test": [
     *(*VENV, f"{PIP} '.[test]'", "ruff check", "ruff format --check", "mypy"),
-    f"python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term {SHOWN}",
+    f"python -m pytest -n 2 --dist loadfile --no-loadscope-reorder {SHOWN}",
   ],
   "gpu": [*VENV, f"{PIP} '.[cuda]'", f"env CUDA_VISIBLE_DEVICES=0 ernie-jax run {SHOWN}"],
   "gpus": [*VENV, f"{PIP} '.[cuda]'", f"ernie-jax run {SHOWN}"],
