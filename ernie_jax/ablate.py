@@ -33,7 +33,7 @@ from typing import Any, Literal
 
 import jax
 
-from ernie_jax import config, evaluate, mesh, recipe
+from ernie_jax import collection, config, evaluate, mesh, recipe
 from ernie_jax.config import Config, Train, UserError, Weights
 from ernie_jax.progress import clock, say
 from ernie_jax.scores import Params
@@ -321,7 +321,7 @@ def measure(current: recipe.Run, params: Params, folder: Path) -> dict[str, Any]
   found, _ = recipe.measure_student(current, "cascade", params)
   values = {system: per_query(current.directory, current.data.qrels("test"), f"{system}.cascade") for system in SYSTEMS}
   config.write(folder / "per_query.json", json.dumps(values))
-  about = recipe.collection.describe(current.directory / "encode")
+  about = collection.describe(current.directory / "encode")
   return {**found, "dev": recipe.read(current.directory / "encode" / "manifest.json")["dev"], "student": about["model"]}
 
 

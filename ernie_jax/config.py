@@ -327,7 +327,7 @@ class Optimizer:
 
 
 Stage = Literal["post", "interaction", "warmup", "cascade"]  # those that train
-OWN_LIST = frozenset({"nll_ce", "nll_ce_fgm", "kl_ce_li", "kl_ce_de", "margin_mse", "kl_listwise", "kl_bidirectional"})
+OWN_LIST = (TEACHING | TAUGHT) - {"kl_attention", "virt"}  # compare passages; these two, tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +70,8 @@ def pairs(
   if columns.matching(place / "passages") is None:  # which is written last
     place.mkdir(parents=True, exist_ok=True)
     try:
-      _write(place, passages, titles, identity, tokenizer, data, kind, np.random.default_rng(seed))
+      found = drawn(passages, titles, tokenizer, data, kind, np.random.default_rng(seed))
+      _write(place, found, passages, identity)
     except OSError as error:
       raise UserError(f"{place}: cannot be written ({error.strerror or error}); choose another place") from error
   queries, rests = (columns.matching(place / name) for name in ("queries", "passages"))
@@ -79,35 +80,35 @@ def pairs(
   return queries, rests, np.load(place / "identity.npy")
 
 
-def _write(
-  place: Path,
+def drawn(
   passages: Ragged,
   titles: Ragged,
-  identity: np.ndarray,
   tokenizer: Tokenizer,
   data: config.Data,
-  kind: str,
+  kind: Literal["title", "cloze"],
   rng: np.random.Generator,
-) -> None:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """A query and what is left, of each passage."""
   apart = int(data.template == "rocketqa")  # then a [SEP] stands before every text, also where there is no title
   stops = np.array([i for stop in STOPS if (i := tokenizer.backend.token_to_id(stop)) is not None], np.int64)
   longest = data.query_length - Template(tokenizer, data).around
-
-  def pair(passage: np.ndarray, title: int) -> tuple[np.ndarray, np.ndarray]:
+  for passage, title in zip(passages, titles.lengths.tolist()):
     text = title + 1 if title or apart else 0  # after the title's ":" or [SEP]
     if title and kind == "title":
-      return passage[:title], passage[text - apart :]
-    begin, end = (text + place for place in cloze(passage[text:], stops, longest, rng))
-    return passage[begin:end], np.concatenate([passage[:begin], passage[end:]])
+      yield passage[:title], passage[text - apart :]
+    else:
+      begin, end = (text + place for place in cloze(passage[text:], stops, longest, rng))
+      yield passage[begin:end], np.concatenate([passage[:begin], passage[end:]])
 
+
+def _write(place: Path, found: Iterator[tuple[np.ndarray, np.ndarray]], passages: Ragged, identity: np.ndarray) -> None:
   keys: list[tuple[bytes, bytes, int]] = []
   with (
     columns.Writer(place / "queries", passages.values.dtype) as queries,
     columns.Writer(place / "passages", passages.values.dtype) as rests,
     Progress("pseudo-queries", len(passages), "passages") as bar,
   ):
-    for row, (passage, title) in enumerate(zip(passages, titles.lengths.tolist())):
-      query, rest = pair(passage, title)
+    for row, (query, rest) in enumerate(found):
       if len(query) and len(rest) >= LEFT:
         queries.append(query)
         rests.append(rest)

@@ -260,11 +260,18 @@ def named_config(args: Sequence[str], verb: str, example: str) -> tuple[bool, Co
   return named, load_config(args[0]) if named else Config()
 
 
+def quiet() -> None:
+  """A save that fails in the background is shown once, as this command's own error."""
+  import absl.logging
+
+  absl.logging.set_verbosity(absl.logging.FATAL)
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 def run(args: Sequence[str]) -> None:
   named, settings = named_config(args, "run", "configs/quickstart.py")
   output = Path("runs") / (Path(args[0]).stem if named else "NAME")
   chosen = parse(Train, "run CONFIG", args[named:], Train(output, settings, Hosts()))
-  import absl.logging
   import jax
 
   from ernie_jax import mesh
@@ -278,8 +285,7 @@ def run(args: Sequence[str]) -> None:
     progress.silence()
   if chosen.hosts.multihost:
     progress.say(f"{jax.process_count()} processes, {jax.device_count()} devices")
-  absl.logging.set_verbosity(absl.logging.FATAL)  # a save that fails in the background: the error is shown once, here
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  quiet()
   results = recipe.run(chosen.config, chosen.output, chosen.fresh)
   if not mesh.leads():
     return
@@ -303,14 +309,11 @@ def ablate(args: Sequence[str]) -> None:
     mesh.join(Hosts())
   except UserError as error:
     raise UserError(f"ablate runs in one process ({str(error).split(':')[0]}): start it without a launcher") from error
-  import absl.logging
-
   from ernie_jax import ablate as ablation
   from ernie_jax import evaluate
 
   SIGNALS.take(signal.SIGTERM)
-  absl.logging.set_verbosity(absl.logging.FATAL)
-  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+  quiet()
   rows = chosen.rows or ablation.USUAL
   table = ablation.ablate(chosen.config, chosen.output, chosen.seeds, rows, own, chosen.fresh)
   print(evaluate.aligned(ablation.cells(table)))

@@ -52,6 +52,22 @@ for module in (encoder, scores, losses, step):
 from ernie_jax import config
 from ernie_jax.encoder import Rows
 
+WORDS = [  # of texts for a real tokenizer
+  "quick",
+  "brown",
+  "foxes",
+  "jump",
+  "over",
+  "lazy",
+  "dogs",
+  "while",
+  "birds",
+  "sing",
+  "old",
+  "songs",
+  "of",
+  "rain",
+]
 SPECIAL = (1, 2)
 TINY = config.Architecture(vocabulary=50, width=16, layers=3, heads=2, inner=32, positions=64, special=SPECIAL)
 

@@ -4,25 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import WORDS
 
 from ernie_jax import attention, config, scores, step, templates, tokens
 
-WORDS = [
-  "quick",
-  "brown",
-  "foxes",
-  "jump",
-  "over",
-  "lazy",
-  "dogs",
-  "while",
-  "birds",
-  "sing",
-  "old",
-  "songs",
-  "of",
-  "rain",
-]
 DATA = config.Data(query_length=9, passage_length=48)
 TEMPERATURE = 0.25
 CROSS = jax.jit(lambda params, rows: scores.cross(params, rows, None)[1])

@@ -6,26 +6,11 @@ import operator
 import jax
 import numpy as np
 import pytest
+from conftest import WORDS
 
 from ernie_jax import columns, config, mesh, retrieval, scores, step, templates, tokens
 
 ABSENT = (-np.inf, -1)
-WORDS = [
-  "quick",
-  "brown",
-  "foxes",
-  "jump",
-  "over",
-  "lazy",
-  "dogs",
-  "while",
-  "birds",
-  "sing",
-  "old",
-  "songs",
-  "of",
-  "rain",
-]
 DATA = config.Data(query_length=12, passage_length=40)
 
 
