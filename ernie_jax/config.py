@@ -354,6 +354,9 @@ class Train:
   in_batch: int | None = None  # queries whose passages are each other's negatives; None: all (cross-batch)
   # joint: trained by its own terms; frozen: as it comes; uniform: all candidates alike, the control of distillation
   teacher: Literal["joint", "frozen", "uniform"] = "joint"
+  # The teacher's score is its own logit plus its student's late interaction, which it so learns to correct; no gradient
+  # reaches late interaction that way. For a cross-encoder that alone ranks little better than late interaction.
+  residual: bool = False
   optimizer: Optimizer = Optimizer()
   checkpoint_every: int = 50  # steps
   keep: int = 2  # newest checkpoints kept; the best measured one is kept besides
@@ -383,6 +386,12 @@ class Train:
       "measure_every",
       self.measure_every,
       "measures the student, which no term of this stage trains: set it to 0",
+    )
+    check(
+      not (self.residual and self.needs_cross) or on.needs_late,
+      "residual",
+      True,
+      "adds late interaction's scores, which no term of this stage needs: set it to False",
     )
     lists = on.active & OWN_LIST
     check(

@@ -96,6 +96,13 @@ def virt(
   return jnp.where(real, each.mean(2), 0).sum((1, 2)) / jnp.maximum(real.sum((1, 2)), 1)
 
 
+def corrected(
+  cross: Float[Array, "b k"], late: Float[Array, "b k"], temperature: dict[str, Any]
+) -> Float[Array, "b k"]:
+  """A residual teacher's score: its own logit corrects late interaction, which gets no gradient (`Train.residual`)."""
+  return cross / temperature["cross"] + jax.lax.stop_gradient(late) / temperature["late"]
+
+
 def terms(scores: Scores, train: config.Train, done: Float[Array, ""] | float = 0.0) -> dict[str, Float[Array, ""]]:
   """Every term that is on, unweighted, but for those that need passes of their own (`step.loss`).
 
@@ -104,6 +111,8 @@ def terms(scores: Scores, train: config.Train, done: Float[Array, ""] | float = 
   t = scheduled(train.temperature, train.final_temperature, done)
   over: Callable = lambda x, temperature: None if x is None else x / temperature
   cross = over(scores.cross, t["cross"])
+  if train.residual and train.needs_cross:
+    cross = corrected(scores.cross, scores.late, t)
   dual, late = over(scores.dual, t["dual"]), over(scores.late, t["late"])
   dual_pool, late_pool = over(scores.dual_pool, t["dual"]), over(scores.late_pool, t["late"])
   # Both sides of kl_li_de range over late interaction's candidates.

@@ -33,6 +33,7 @@ from ernie_jax import (
   encoder,
   evaluate,
   hub,
+  losses,
   masking,
   mesh,
   mining,
@@ -779,6 +780,9 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   tokens = token_vectors(current, student_params, passages)
   late = retrieval.rerank_late(queries, found, tokens, each_passage(current, student_params))
   teacher = retrieval.rerank_cross(teacher_params, store, current.passages, found, current.template)
+  if current.config.cascade.residual:  # it is judged by the score that it teaches
+    temperature = dataclasses.asdict(current.config.cascade.temperature)
+    teacher = np.asarray(losses.corrected(jax.numpy.asarray(teacher), jax.numpy.asarray(late), temperature))
   qrels = first_judged(current, len(some))
   measured = lambda scores: evaluate.metrics(current.as_run("dev", *retrieval.reorder(found, scores)), qrels)
   rng = np.random.default_rng(current.config.seed)

@@ -162,9 +162,12 @@ def fgm(
 ) -> Float[Array, ""]:
   """nll_ce where the cross-encoder's word embeddings are moved by `fgm_radius` along its gradient (Miyato et al. 2017).
 
-  As RocketQA does it: one move of the whole table, which has the radius as its norm. The move is a constant.
+  As RocketQA does it: one move of the whole table, which has the radius as its norm. The move is a constant. It is of
+  the logit alone, also of a teacher that corrects late interaction.
   """
-  alone = dataclasses.replace(train, weights=config.Weights.only(nll_ce=1), final_weights=None, measure_every=0)
+  alone = dataclasses.replace(
+    train, weights=config.Weights.only(nll_ce=1), final_weights=None, measure_every=0, residual=False
+  )
   tower = "student" if params["teacher"].encoder is None else "teacher"
 
   def at(move):

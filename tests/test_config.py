@@ -47,6 +47,10 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
     ),
     (lambda: config.Model(teacher_from_student=True, share_encoder=True), "model.teacher_from_student=True"),
     (lambda: config.Train(negatives=-1), "negatives=-1"),
+    (
+      lambda: config.Train(negatives=1, residual=True, weights=Weights.only(nll_ce=1)),
+      "residual=True: adds late interaction's scores, which no term",
+    ),
     (lambda: config.Train(), "negatives=0: kl_ce_de, kl_ce_li, nll_ce"),
     (lambda: config.Train(weights=Weights.only(nll_li=1)), "late_pool='own'"),
     (lambda: config.Train(negatives=1, teacher="frozen"), "weights.nll_ce=1.0: trains nothing"),

@@ -1,5 +1,7 @@
 """Loss terms on hand-written score matrices: closed forms and symmetries (METHOD: what must hold)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,6 +192,23 @@ def test_bidirectional_kl_is_the_sum_of_both_directions():
   train = config.Train(batch=4, negatives=2, weights=config.Weights.only(kl_bidirectional=1))
   both = losses.kl(scores.cross, scores.dual) + losses.kl(scores.dual, scores.cross)
   np.testing.assert_allclose(losses.terms(scores, train)["kl_bidirectional"], both.mean(), rtol=1e-6)
+
+
+def test_a_residual_teacher_is_one_whose_logit_has_late_interaction_added():
+  """And its own loss sends no gradient to late interaction; a uniform teacher stays uniform."""
+  scores, t = random_scores(), config.Temperatures(cross=2.0, late=0.5)
+  train = dataclasses.replace(ALL, temperature=t)
+  residual = dataclasses.replace(train, residual=True)
+  found = losses.terms(scores, residual)
+  added = scores.replace(cross=scores.cross + t.cross / t.late * scores.late)
+  for name, expected in losses.terms(added, train).items():
+    np.testing.assert_allclose(found[name], expected, rtol=1e-6, err_msg=name)
+  moved = jax.grad(lambda late: losses.terms(scores.replace(late=late), residual)["nll_ce"])(scores.late)
+  assert float(jnp.abs(moved).max()) == 0
+  taught = config.Weights.only(nll_li=1, kl_ce_li=1)
+  uniform = dataclasses.replace(train, weights=taught, teacher="uniform")
+  same = scores.replace(cross=0 * scores.cross)
+  assert losses.terms(same, uniform) == losses.terms(same, dataclasses.replace(uniform, residual=True))
 
 
 def test_virt_equals_loops():
