@@ -11,19 +11,27 @@ import dataclasses
 
 import quickstart
 
-from ernie_jax.config import Evaluate, Optimizer, Train, Weights
+from ernie_jax.config import Evaluate, Optimizer, Temperatures, Train, Weights
 
 settings = quickstart.config
+temperature = Temperatures(dual=0.02, late=0.25, cross=1.0, attention=0.1)
 
 config = dataclasses.replace(
   settings,
   model=dataclasses.replace(settings.model, start_layers=(0, 1, 2), teacher_start="runs/quickstart"),
-  interaction=dataclasses.replace(settings.interaction, optimizer=Optimizer(learning_rate=4e-4)),
+  interaction=dataclasses.replace(
+    settings.interaction, steps=264, temperature=temperature, optimizer=Optimizer(learning_rate=4e-4)
+  ),
   warmup=Train(
-    steps=700, batch=8, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=5e-5)
+    steps=1200, batch=8, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-4)
   ),
   cascade=dataclasses.replace(
-    settings.cascade, steps=150, optimizer=Optimizer(learning_rate=5e-5, teacher_learning_rate=2e-5)
+    settings.cascade,
+    steps=100,
+    temperature=temperature,
+    late_pool="global",
+    residual=True,
+    optimizer=Optimizer(learning_rate=5e-5, teacher_learning_rate=2e-5),
   ),
   evaluate=Evaluate(late_depth=100, cross_depth=20, teacher_queries=329),
 )

@@ -74,13 +74,16 @@ class Texts:
     return cls(none, none, np.zeros(0, np.int32), none, none, tokenizer, plain)
 
 
-def choose(texts: Texts, query: int, negatives: int, rng: np.random.Generator) -> np.ndarray:
+def choose(
+  texts: Texts, query: int, negatives: int, rng: np.random.Generator, hardest: int | None = None
+) -> np.ndarray:
   """[1 + negatives] passage rows: one positive, then hard negatives, filled up with random passages.
 
-  No known positive and no passage of a known positive's text is ever among the negatives.
+  Hard ones are drawn from the first `hardest` of the query's; None: from all. No known positive and no passage of a
+  known positive's text is ever among the negatives.
   """
   known = set(texts.identity[texts.positives[query]].tolist())
-  hard = [row for row in texts.negatives[query].tolist() if int(texts.identity[row]) not in known]
+  hard = [row for row in texts.negatives[query].tolist() if int(texts.identity[row]) not in known][:hardest]
   chosen = rng.permutation(hard)[:negatives].tolist() if hard else []
   while len(chosen) < negatives:
     row = int(rng.integers(len(texts.passages)))
@@ -197,7 +200,7 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
 
   def example(number: int) -> Example:
     query = int(rng.integers(len(texts.queries)))
-    own = choose(texts, query, train.negatives, rng)
+    own = choose(texts, query, train.negatives, rng, train.hardest)
     return Example(number, query, own, size(query, own))
 
   drawn = [example(number) for number in range(max(64, SIMULATED // (unit * lists)) * unit)]
@@ -304,7 +307,7 @@ def batches(
     .seed(seed)
     .shuffle()
     .repeat()
-    .random_map(lambda query, rng: (int(query), choose(texts, int(query), train.negatives, rng)))
+    .random_map(lambda query, rng: (int(query), choose(texts, int(query), train.negatives, rng, train.hardest)))
   )
 
   def draw(number: int) -> Example:

@@ -337,6 +337,7 @@ class Train:
   steps: int = 1000  # 0: the stage is left out
   batch: int = 64  # B: queries in the global batch, over all devices
   negatives: int = 0  # n: hard negatives of each query; its list has K = 1 + n passages
+  hardest: int | None = None  # they are drawn from so many, the best ranks; None: all; 0: none, only random passages
   chunk: int | None = None  # queries encoded at once on each device, with their lists; None: all. Memory, for a forward
   weights: Weights = Weights()
   final_weights: Weights | None = None  # reached in the last step, linearly from `weights`; None: constant
@@ -368,6 +369,7 @@ class Train:
       check(getattr(self, field) >= 1, field, getattr(self, field), "must be at least 1")
     for field in ("steps", "negatives", "fgm_radius"):
       check(0 <= getattr(self, field) < math.inf, field, getattr(self, field), "must be 0 or more")
+    check(self.hardest is None or self.hardest >= 0, "hardest", self.hardest, "must be 0 or more, or None for all")
     check(self.chunk is None or self.chunk >= 1, "chunk", self.chunk, "must be at least 1, or None for no chunks")
     check(self.measure_every >= 0, "measure_every", self.measure_every, "must be 0 (never) or more")
     check(self.mlm_length >= 8, "mlm_length", self.mlm_length, "needs at least 8 tokens")

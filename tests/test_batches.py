@@ -115,6 +115,14 @@ def test_hard_negatives_are_served_before_random_ones(texts):
   assert sorted(own[1:].tolist()) == [1, 2, 25]
 
 
+def test_of_a_querys_hard_negatives_the_first_can_be_asked_for(texts):
+  listed = texts.negatives[0].tolist()
+  for hardest in range(3):
+    drawn = [batches.choose(texts, 0, 3, np.random.default_rng(seed), hardest)[1:].tolist() for seed in range(400)]
+    assert all(set(listed[:hardest]) <= set(own) for own in drawn)
+    assert {row for own in drawn for row in own} > set(listed)  # the others only by chance, as any passage
+
+
 def test_known_positives_are_named_by_text(texts):
   units = [batches.Unit([batches.Example(0, q, np.array(own), {})], None) for q, own in ((4, [4, 1]), (0, [0, 24]))]
   batch = batches.gather(units, texts, DATA, batches.layout(DATA, TRAIN, 1), 2)

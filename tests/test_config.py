@@ -47,6 +47,7 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
     ),
     (lambda: config.Model(teacher_from_student=True, share_encoder=True), "model.teacher_from_student=True"),
     (lambda: config.Train(negatives=-1), "negatives=-1"),
+    (lambda: config.Train(negatives=1, hardest=-1), "hardest=-1: must be 0 or more, or None for all"),
     (
       lambda: config.Train(negatives=1, residual=True, weights=Weights.only(nll_ce=1)),
       "residual=True: adds late interaction's scores, which no term",
