@@ -6,6 +6,7 @@ The paper (Lu et al., 2022, arXiv 2205.09153) and the files that hold it, in the
   Ctrl-C and SIGTERM                    signals.py
   devices and hosts                     mesh.py
   exact search, in tiles                topk.py
+  products, GELU: rounding and error    kernels.py
   ERNIE/BERT encoder                    encoder.py
   the three scorers                     scores.py
   the loss terms, DualReg               losses.py

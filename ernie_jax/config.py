@@ -169,6 +169,10 @@ class Architecture:
       check(0 <= getattr(self, field) < 1, f"architecture.{field}", getattr(self, field), "must lie in [0, 1)")
 
 
+PRODUCTS = {"float32": "float32", "mixed": "bfloat16", "bfloat16": "bfloat16"}  # operands of matrix products
+STREAM = {"float32": "float32", "mixed": "float32", "bfloat16": "bfloat16"}  # what lies between them
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
   """Student and teacher (METHOD: three scorers)."""
@@ -187,7 +191,9 @@ class Model:
   teacher_from_student: bool = False  # before its warm-up the cross-encoder's encoder becomes a copy of the student's
   teacher_pooler: bool = True  # tanh pooler before the logit (ERNIE-Search); False: raw first token (RocketQAv2)
   dropout: float | None = None  # hidden and attention dropout; None: as the checkpoint says
-  dtype: Literal["float32", "bfloat16"] = "float32"  # of what flows through the encoders; all else is float32
+  # Of the encoders' products and what flows between them; all else is float32. mixed: products of bfloat16 operands,
+  # summed in float32, and float32 between them: on a CPU with AMX, where converting costs more than memory.
+  dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
   scan: bool = True  # loop over layers in the compiled program; False unrolls it (faster on CPU, slower to compile)
   remat: bool = False  # recompute activations in the backward pass: less memory, a third more work
 

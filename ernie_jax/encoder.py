@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx, struct
 
 from ernie_jax import config
+from ernie_jax.kernels import Linear, gelu
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
@@ -78,10 +79,10 @@ def twice(rows: Rows) -> Rows:
   )
 
 
-def linear(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: str | None = None, bias: bool = True) -> nnx.Linear:
+def linear(inputs: int, outputs: int, rngs: nnx.Rngs, dtype: str | None = None, bias: bool = True) -> Linear:
   """BERT's initialisation: normal with standard deviation 0.02, cut at two of them."""
   init = nnx.initializers.truncated_normal(0.02)
-  return nnx.Linear(inputs, outputs, kernel_init=init, use_bias=bias, dtype=dtype and jnp.dtype(dtype), rngs=rngs)
+  return Linear(inputs, outputs, kernel_init=init, use_bias=bias, dtype=dtype and jnp.dtype(dtype), rngs=rngs)
 
 
 ROWS = 2**20  # as many rows of several texts a global batch may have, each text with noise of its own
@@ -186,7 +187,7 @@ class Layer(nnx.Module):
 
 def activation(a: config.Architecture) -> Callable[[jax.Array], jax.Array]:
   """The one of feed-forward networks."""
-  return {"gelu": lambda y: jax.nn.gelu(y, approximate=False), "relu": jax.nn.relu}[a.activation]
+  return {"gelu": gelu, "relu": jax.nn.relu}[a.activation]
 
 
 def norm(a: config.Architecture, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -213,8 +214,8 @@ class Encoder(nnx.Module):
     self.word, self.position, self.type = embed(a.vocabulary), embed(a.positions), embed(a.types)
     self.task = embed(a.tasks) if a.tasks else None
     self.norm = norm(a, rngs)
-    self.layers = jax.vmap(lambda k: Layer(a, dtype, k))(jax.random.split(layers, a.layers))
-    self.architecture, self.dtype, self.scan, self.remat = a, dtype, scan, remat
+    self.layers = jax.vmap(lambda k: Layer(a, config.PRODUCTS[dtype], k))(jax.random.split(layers, a.layers))
+    self.architecture, self.dtype, self.scan, self.remat = a, config.STREAM[dtype], scan, remat
 
   def __call__(
     self, rows: Rows, noise: Noise | None = None, *, leads: bool = False, every: bool = False

@@ -194,7 +194,7 @@ def embed(
   tokens: Any = None
   if late:
     one = hidden[: len(rows.tokens)].astype(jnp.float32)
-    tokens = by_text(unit(one if student.projection is None else student.projection(one)).astype(model.dtype), rows)
+    tokens = by_text(unit(one if student.projection is None else student.projection(one)).astype(encoder.dtype), rows)
   twin: Any = vectors[1] if copies > 1 else None
   mask = owned(rows) != 0
   special = jnp.array(encoder.architecture.special or (-1,))

@@ -11,6 +11,7 @@ ORDER = [
   "signals",
   "mesh",
   "topk",
+  "kernels",
   "encoder",
   "scores",
   "losses",
