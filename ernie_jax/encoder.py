@@ -187,7 +187,8 @@ class Layer(nnx.Module):
 
 def activation(a: config.Architecture) -> Callable[[jax.Array], jax.Array]:
   """The one of feed-forward networks."""
-  return {"gelu": gelu, "relu": jax.nn.relu}[a.activation]
+  known: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": gelu, "relu": jax.nn.relu}
+  return known[a.activation]
 
 
 def norm(a: config.Architecture, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -48,12 +48,12 @@ _rounded.defvjp(_forward, _backward)
 
 
 class Linear(nnx.Linear):
-  """x W + b, of operands in `dtype` (None: float32); the result has the dtype of `x`."""
+  """x W + b, of operands in `dtype` (None: float32); the result has the dtype of the input."""
 
-  def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
+  def __call__(self, inputs: Float[Array, "*n i"], out_sharding: None = None) -> Float[Array, "*n o"]:
     dtype, kernel = jnp.dtype(self.dtype or "float32").name, self.kernel[...]
-    y = product(x.reshape(-1, kernel.shape[0]), kernel, dtype).reshape(*x.shape[:-1], kernel.shape[1])
-    return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+    y = product(inputs.reshape(-1, kernel.shape[0]), kernel, dtype).reshape(*inputs.shape[:-1], kernel.shape[1])
+    return (y if self.bias is None else y + self.bias[...]).astype(inputs.dtype)
 
 
 # Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: erfc(z) = t (a1 + t (a2 + ...)) exp(-z^2) with
