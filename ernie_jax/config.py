@@ -192,7 +192,7 @@ class Model:
   teacher_pooler: bool = True  # tanh pooler before the logit (ERNIE-Search); False: raw first token (RocketQAv2)
   dropout: float | None = None  # hidden and attention dropout; None: as the checkpoint says
   # Of the encoders' products and what flows between them; all else is float32. mixed: products of bfloat16 operands,
-  # summed in float32, and float32 between them: on a CPU with AMX, where converting costs more than memory.
+  # summed in float32, and float32 between them: for a CPU with AMX, as fast as bfloat16 there and nearer to float32.
   dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
   scan: bool = True  # loop over layers in the compiled program; False unrolls it (faster on CPU, slower to compile)
   remat: bool = False  # recompute activations in the backward pass: less memory, a third more work
