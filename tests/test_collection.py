@@ -40,9 +40,10 @@ def test_what_is_read_is_what_was_encoded(written, late, dtype):
   write(late=late, dtype=dtype)
   found = collection.load(place)
   assert np.diff(found.vectors.begins).tolist() == [40, 40, 10]
-  # Shards are packed apart, so sums differ in their last digits: either may be rounded to float16 the other way.
-  rounding = 2**-11 if dtype == "float16" else 0
-  np.testing.assert_allclose(found.vectors[:], whole.vectors, rtol=1e-5 + rounding, atol=1e-6)
+  # Shards are packed apart, so sums differ in their last digits, and rounding to float16 may go the other way.
+  apart = 1e-6 + 1e-5 * np.abs(whole.vectors)
+  assert (found.vectors[:] >= (whole.vectors - apart).astype(dtype)).all()
+  assert (found.vectors[:] <= (whole.vectors + apart).astype(dtype)).all()
   assert (found.passages.ids[41], found.passages.texts[89]) == ("p41", "text 89")
   np.testing.assert_array_equal(found.passages.order, topk.trec_order([f"p{i}" for i in range(90)]))
   if late == "no":
