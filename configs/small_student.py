@@ -28,10 +28,10 @@ config = dataclasses.replace(
   ),
   model=dataclasses.replace(settings.model, start_layers=(0, 1, 2), teacher_start="runs/encoder"),
   interaction=dataclasses.replace(
-    settings.interaction, steps=440, temperature=temperature, optimizer=Optimizer(learning_rate=4e-4)
+    settings.interaction, steps=330, temperature=temperature, optimizer=Optimizer(learning_rate=4e-4)
   ),
   warmup=Train(
-    steps=700, batch=16, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-4)
+    steps=400, batch=16, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-4)
   ),
   cascade=dataclasses.replace(
     settings.cascade,

@@ -10,10 +10,12 @@ BEFORE = signal.getsignal(signal.SIGINT)
 if BEFORE is signal.default_int_handler:
   signal.signal(signal.SIGINT, leave)  # Ctrl-C while this file imports
 
+import contextlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from ernie_jax.config import UserError
 from ernie_jax.verbs import VERBS
@@ -21,6 +23,7 @@ from ernie_jax.verbs import VERBS
 if BEFORE is signal.default_int_handler:
   signal.signal(signal.SIGINT, BEFORE)
 
+COMPILED = "~/.cache/ernie_jax/compiled"
 USAGE = """usage: ernie-jax VERB ...
 
   run CONFIG --output DIR [--fresh] [--seed 1] [--cascade.steps 200] [--multihost] ...
@@ -78,6 +81,18 @@ def main(args: Sequence[str] | None = None) -> int:
   return code
 
 
+def keep_compiled() -> None:
+  """Programs are compiled once, and read from there by whatever run asks for them again: jax reads this at its import.
+
+  Where the folder cannot be written each process compiles for itself.
+  """
+  with contextlib.suppress(OSError, RuntimeError):
+    place = Path(COMPILED).expanduser()
+    place.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(place))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))  # bytes; then the longest unused ones go
+
+
 def _main(args: Sequence[str] | None) -> int:
   args = sys.argv[1:] if args is None else args
   if not args or args[0] in ("-h", "--help"):
@@ -86,6 +101,7 @@ def _main(args: Sequence[str] | None) -> int:
   try:
     if args[0] not in VERBS:
       raise UserError(f"unknown verb {args[0]!r}; known are {', '.join(VERBS)}")
+    keep_compiled()
     with SIGNALS:
       VERBS[args[0]](args[1:])
   except UserError as error:

@@ -60,6 +60,14 @@ class Collective(NamedTuple):
   times: int  # a step
 
 
+class Operation(NamedTuple):
+  """What the compiler made of one source line."""
+
+  where: str  # file:line
+  name: str  # of its dearest operation, as jax calls it
+  cycles: int  # a step, of all its operations
+
+
 class DoesNotFit(UserError):
   """The compiler found no place in a chip's memory."""
 
@@ -76,6 +84,7 @@ class Plan:
   flops: float  # model FLOPs of a step, all chips
   cycles: int  # of each chip
   collectives: list[Collective]
+  operations: list[Operation]  # of each chip, the dearest source line first
 
   @property
   def family(self) -> Family:
@@ -171,13 +180,61 @@ def walk(found: dict[str, list[str]], name: str, times: int = 1) -> Iterator[tup
       yield from walk(found, called.group(1), times)
 
 
-def total_cycles(found: dict[str, list[str]], name: str) -> int:
-  """The compiler's estimated cycles from a computation on; it writes them where an operation is scheduled."""
-  total = 0
+def scheduled(found: dict[str, list[str]], name: str) -> Iterator[tuple[str, int]]:
+  """(line, cycles) from a computation on: the compiler writes its estimate where an operation is scheduled."""
   for line, times in walk(found, name):
     if cycles := re.search(r'estimated_cycles"?:\s*"?(\d+)', line):
-      total += times * int(cycles.group(1))
-  return total
+      yield line, times * int(cycles.group(1))
+
+
+def total_cycles(found: dict[str, list[str]], name: str) -> int:
+  """The compiler's estimated cycles from a computation on."""
+  return sum(cycles for _, cycles in scheduled(found, name))
+
+
+HERE = os.path.dirname(__file__)
+
+
+def sources(hlo: str) -> dict[str, str]:
+  """{stack frame: file:line}: the innermost line of this package in it, or of any where there is none."""
+  table: dict[str, dict[str, str]] = {}
+  for part, lines in re.findall(r"^(FileNames|FileLocations|StackFrames)\n((?:\d+ .*\n)*)", hlo, re.MULTILINE):
+    table[part] = dict(line.split(" ", 1) for line in lines.splitlines())
+  number = lambda field, text: re.findall(rf"{field}=(\d+)", text)[0]
+  names = {place: name.strip('"') for place, name in table.get("FileNames", {}).items()}
+  places = {
+    place: (names[number("file_name_id", text)], number(r"\bline", text))
+    for place, text in table.get("FileLocations", {}).items()
+  }
+  frames = {
+    frame: (number("file_location_id", text), number("parent_frame_id", text))
+    for frame, text in table.get("StackFrames", {}).items()
+  }
+
+  def where(frame: str) -> str:
+    innermost, last = places[frames[frame][0]], ""
+    while frame in frames and frame != last:  # the outermost is its own parent
+      file, line = places[frames[frame][0]]
+      if file.startswith(HERE):
+        return f"{os.path.relpath(file, HERE)}:{line}"
+      last, frame = frame, frames[frame][1]
+    return f"{os.path.basename(innermost[0])}:{innermost[1]}"
+
+  return {frame: where(frame) for frame in frames}
+
+
+def operations(hlo: str) -> list[Operation]:
+  """Cycles by source line, the dearest first. A fusion of several lines' work counts where its result comes from."""
+  found, entry = computations(hlo)
+  known = sources(hlo)
+  cycles: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+  for line, amount in scheduled(found, entry):
+    frame, name = (re.search(pattern, line) for pattern in (r"stack_frame_id=(\d+)", r'op_name="([^"]*)"'))
+    where = known.get(frame.group(1), "") if frame else ""
+    kind = re.search(r"%?([a-zA-Z\-_]+)[\w.]* = ", line)
+    cycles[where or "the compiler"][name.group(1) if name else kind.group(1) if kind else "?"] += amount
+  lines = [Operation(where, max(own, key=lambda n: own[n]), sum(own.values())) for where, own in cycles.items()]
+  return sorted(lines, key=lambda operation: -operation.cycles)
 
 
 def collectives(found: dict[str, list[str]], name: str, chips: int) -> list[Collective]:
@@ -377,7 +434,8 @@ def plan(settings: Config, stage: Stage, topology: str) -> Plan:
         f"{held(state.params) / GIB:.2f}, optimizer state {held(state.optimizer) / GIB:.2f}); try "
         + remedies(settings.model, train, stage)
       ) from error
-  found, entry = computations(compiled.as_text())
+  hlo = compiled.as_text()
+  found, entry = computations(hlo)
   stats = compiled.memory_analysis()
   parts = {
     "parameters": held(state.params),
@@ -404,6 +462,7 @@ def plan(settings: Config, stage: Stage, topology: str) -> Plan:
     ),
     total_cycles(found, entry),
     collectives(found, entry, chips),
+    operations(hlo),
   )
 
 

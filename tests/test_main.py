@@ -280,3 +280,24 @@ def test_ctrl_c_while_the_command_is_imported_is_one_line(tmp_path):
     [sys.executable, "-m", "ernie_jax", "--help"], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
   )
   assert (done.returncode, done.stdout, done.stderr) == (130, "", INTERRUPTED)
+
+
+def test_programs_are_compiled_once_for_all_runs(tmp_path):
+  code = """
+    from ernie_jax import __main__ as command
+    command.keep_compiled()
+    import jax
+    jax.jit(lambda x: x * 3 + 1)(2).block_until_ready()
+  """
+  (tmp_path / "file").write_text("")
+  env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION")}
+  env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+  run = lambda home: subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(code)], env=env | {"HOME": str(home)}, capture_output=True, text=True
+  )
+  kept = lambda: {path.name for path in (tmp_path / ".cache/ernie_jax/compiled").glob("*-cache")}
+  assert (run(tmp_path).returncode, len(kept()) > 0) == (0, True)
+  before = kept()
+  assert (run(tmp_path).returncode, kept()) == (0, before)
+  nowhere = run(tmp_path / "file")  # no folder can be made there
+  assert (nowhere.returncode, nowhere.stderr) == (0, "")

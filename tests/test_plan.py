@@ -77,6 +77,39 @@ def test_cycles_are_those_of_loops_times_their_turns_and_of_the_dearest_branch()
   assert plan.total_cycles(*plan.computations(HLO)) == 11 * 100 + 3 * 1 + 1000 + 50
 
 
+def test_cycles_by_source_line():
+  here = plan.HERE
+  frames = f"""
+FileNames
+1 "{here}/step.py"
+2 "/somewhere/jax/nn.py"
+3 "{here}/losses.py"
+
+FunctionNames
+1 "loss"
+
+FileLocations
+1 {{file_name_id=1 function_name_id=1 line=10 end_line=12 column=3 end_column=3}}
+2 {{file_name_id=3 function_name_id=1 line=20 end_line=20 column=3 end_column=3}}
+3 {{file_name_id=2 function_name_id=1 line=30 end_line=30 column=3 end_column=3}}
+
+StackFrames
+1 {{file_location_id=1 parent_frame_id=1}}
+2 {{file_location_id=2 parent_frame_id=1}}
+3 {{file_location_id=3 parent_frame_id=2}}
+4 {{file_location_id=3 parent_frame_id=4}}
+
+"""
+  assert plan.sources(frames) == {"1": "step.py:10", "2": "losses.py:20", "3": "losses.py:20", "4": "nn.py:30"}
+  marked = HLO
+  for part, name, frame in (("fused_part.2", "add", 1), ("fused_part.1", "dot", 3)):
+    metadata = f'metadata={{op_name="{name}" stack_frame_id={frame}}}'
+    marked = marked.replace(f"calls=%{part},", f"calls=%{part}, {metadata},")
+  told = plan.operations(frames + marked)
+  assert told == [("losses.py:20", "dot", 1100), ("step.py:10", "add", 1000), ("the compiler", "copy", 53)]
+  assert sum(operation.cycles for operation in told) == plan.total_cycles(*plan.computations(HLO))
+
+
 def test_collectives_in_every_form():
   found = plan.collectives(*plan.computations(HLO), chips=4)
   assert sorted(found) == sorted(
@@ -217,7 +250,7 @@ def test_without_the_compiler_one_line_says_what_to_install(monkeypatch, capsys)
 def made(name: str, cycles: int, batch: int = 16) -> plan.Plan:
   train = dataclasses.replace(SMALL.cascade, batch=batch)
   gather = Collective("all-gather", 16 * 10**9, 1)
-  return plan.Plan("cascade", name, plan.slice_of(name), train, {"parameters": 2**30}, 1e15, cycles, [gather])
+  return plan.Plan("cascade", name, plan.slice_of(name), train, {"parameters": 2**30}, 1e15, cycles, [gather], [])
 
 
 def test_the_table():
