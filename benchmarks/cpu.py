@@ -1,26 +1,32 @@
-"""The training step on a CPU in each `model.dtype`, side by side in one interleaved run.
+"""The training step on a CPU beside PyTorch's and sentence-transformers', in one interleaved run.
 
-  python benchmarks/cpu.py [--turns 6] [--steps interaction warmup cascade] [--dtypes float32 mixed bfloat16]
+  python benchmarks/cpu.py [--turns 6] [--steps dual interaction warmup cascade] [--sides mixed torch ...]
 
 The quickstart's lengths, random tokens and weights, no dropout: all-MiniLM-L6-v2's shape, and in the cascade a student
-of three such layers. Process time counts all cores. Only a CPU with AMX (`amx_bf16`) gains from bfloat16.
+of three such layers. Ours in each `model.dtype`; PyTorch's (peers.py) in float32 and under autocast to bfloat16;
+sentence-transformers' loss on the dual-encoder alone. Those need `pip install -e .[interop]`. Before anything is timed,
+the first loss and gradient norm must agree. Process time counts all cores. Only a CPU with bfloat16 products
+(`amx_bf16`, `avx512_bf16`) gains from them. Encoding: benchmarks/encode.py.
 """
 
 import argparse
 import dataclasses
-import time
+import importlib.util
+from typing import Any
 
 import jax
 import numpy as np
+import steps
 
-from ernie_jax import batches, encoder, mesh, scores, step
+from ernie_jax import mesh
 from ernie_jax.config import Architecture, Data, Model, Temperatures, Train, Weights
 
 DATA = Data(query_length=20, passage_length=64)
-TEACHER = Architecture(vocabulary=30522, width=384, layers=6, heads=12, inner=1536, special=(0, 101, 102))
+TEACHER = Architecture(vocabulary=30522, width=384, layers=6, heads=12, inner=1536, special=(0, steps.CLS, steps.SEP))
 SMALL = dataclasses.replace(TEACHER, layers=3)
 TEMPERATURE = Temperatures(dual=0.05, late=0.5)
 STEPS = {
+  "dual": (TEACHER, Train(batch=32, negatives=1, weights=Weights.only(nll_de=1), temperature=TEMPERATURE)),
   "interaction": (
     TEACHER,
     Train(batch=64, weights=Weights.only(nll_de=1, nll_li=1, kl_li_de=1), temperature=TEMPERATURE, late_pool="global"),
@@ -37,70 +43,52 @@ STEPS = {
     ),
   ),
 }
+OURS = ("float32", "mixed", "bfloat16")
+THEIRS = ("torch", "torch bfloat16", "sentence-transformers")
+EXACT = dict.fromkeys(("float32", "torch", "sentence-transformers"), 1e-4)  # relative; products in bfloat16 are not
 
 
-def batch_of(train: Train) -> scores.Batch:
-  """Random texts of random lengths, seven in ten as long as their rows."""
-  rng = np.random.default_rng(0)
-  layout = batches.layout(DATA, train, 1).rows(train.batch)
-
-  def rows(tower: str) -> encoder.Rows | None:
-    if tower not in layout:
-      return None
-    count, length = layout[tower]
-    ends = np.where(rng.random(count) < 0.7, length, rng.integers(length // 2, length + 1, count))
-    segments = (np.arange(length) < ends[:, None]).astype(np.int32)
-    tokens = rng.integers(200, 30000, (count, length)).astype(np.int32) * segments
-    types = np.zeros_like(tokens)
-    if tower == "pairs":
-      types[:, 15:] = segments[:, 15:]
-    return encoder.Rows(tokens, segments, np.tile(np.arange(length, dtype=np.int32), (count, 1)), types)
-
-  size = 1 + train.negatives
-  return scores.Batch(
-    *(rows(tower) for tower in ("queries", "passages", "pairs")),
-    texts=np.arange(train.batch * size, dtype=np.int32),
-    known=np.arange(train.batch, dtype=np.int32)[:, None] * size,
+def runner(side: str, name: str) -> Any:
+  """The step on that side; None where it has none."""
+  student, train = STEPS[name]
+  model = Model(
+    scan=False, late_width=None, pooling="mean", cosine=True, dropout=0.0, dtype=side if side in OURS else "float32"
   )
+  params, batch = steps.parameters(model, student, TEACHER), steps.Texts(train, DATA, share=0.7).batch()
+  if side in OURS:
+    return steps.Runner(model, train, params, batch)
+  import peers
 
-
-class Runner:
-  """A step and its state."""
-
-  def __init__(self, student: Architecture, train: Train, dtype: str):
-    model = Model(scan=False, late_width=None, pooling="mean", cosine=True, dropout=0.0, dtype=dtype)
-    params = step.init_params(model, student, TEACHER, jax.random.key(0))
-    self.batch = mesh.shard(batch_of(train), mesh.make())
-    self.state = step.init_state(mesh.whole(params, mesh.make()), model, train)
-    self.step, self.spent, self.loss = step.make_train_step(model, train), [], 0.0
-
-  def __call__(self) -> None:
-    cpu, wall = time.process_time(), time.perf_counter()
-    self.state, logs = self.step(self.state, self.batch, jax.random.key(0))
-    self.loss = float(logs["total"])
-    jax.block_until_ready(self.state)
-    self.spent.append((time.process_time() - cpu, time.perf_counter() - wall))
+  if side == "sentence-transformers":
+    return peers.SentenceTransformers(params, train, batch, "cpu", autocast=False) if name == "dual" else None
+  return peers.Runner(params, train, batch, "cpu", autocast=side == "torch bfloat16", compiled=False)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--turns", type=int, default=6)
   parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
-  parser.add_argument("--dtypes", nargs="+", default=["float32", "mixed", "bfloat16"])
+  torch = importlib.util.find_spec("torch") is not None
+  parser.add_argument("--sides", nargs="+", choices=OURS + THEIRS, default=list(OURS + (THEIRS if torch else ())))
   chosen = parser.parse_args()
+  base = "torch" if "torch" in chosen.sides else chosen.sides[0]
   print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {chosen.turns} steps each, in turns\n")
-  print("| step | dtype | processor s | ratio | wall s | ratio | loss after |\n|---|---|---|---|---|---|---|")
+  print(f"| step | side | processor s | of {base}'s | wall s | of {base}'s | first loss | first gradient norm |")
+  print("|---" * 8 + "|")
   for name in chosen.steps:
     with jax.set_mesh(mesh.make(jax.devices()[:1])):
-      runners = {dtype: Runner(*STEPS[name], dtype) for dtype in chosen.dtypes}
-      for _ in range(chosen.turns + 1):  # the first turn compiles
-        for runner in runners.values():
-          runner()
-    base = np.median(runners[chosen.dtypes[0]].spent[1:], axis=0)
-    for dtype, runner in runners.items():
-      spent = np.median(runner.spent[1:], axis=0)
-      figures = [f"{now:.2f} | {now / then:.2f}" for now, then in zip(spent, base)]
-      print(f"| {name} | {dtype} | {' | '.join(figures)} | {runner.loss:.5f} |", flush=True)
+      runners = {side: made for side in chosen.sides if (made := runner(side, name)) is not None}
+      for one in runners.values():  # compiles
+        one()
+      first = {side: (one.loss, one.norm) for side, one in runners.items()}
+      steps.agree(first, EXACT, 0.02)
+      for _ in range(chosen.turns):
+        for one in runners.values():
+          one()
+    spent = {side: np.median(one.spent[1:], axis=0) for side, one in runners.items()}
+    for side, seconds in spent.items():
+      figures = [f"{now:.2f} | {now / then:.2f}" for now, then in zip(seconds, spent.get(base, seconds))]
+      print(f"| {name} | {side} | {' | '.join(figures)} | {first[side][0]:.5f} | {first[side][1]:.5f} |", flush=True)
 
 
 if __name__ == "__main__":
