@@ -87,8 +87,9 @@ class Runner:
   """A step, its state and its times, in seconds of the processor and of the wall clock."""
 
   def __init__(self, model: Model, train: Train, params: scores.Params, batch: scores.Batch):
-    self.batch = mesh.shard(batch, mesh.make())
-    self.state = step.init_state(mesh.whole(params, mesh.make()), model, train)
+    one = mesh.make(jax.devices()[:1])
+    self.batch = mesh.shard(batch, one)
+    self.state = step.init_state(mesh.whole(params, one), model, train)
     self.step, self.loss, self.norm = step.make_train_step(model, train), 0.0, 0.0
     self.spent: list[tuple[float, float]] = []
 

@@ -2,6 +2,7 @@
 # ruff: noqa: E402
 
 import dataclasses
+import importlib
 import re
 import runpy
 import warnings
@@ -210,3 +211,31 @@ def test_the_card_s_three_lines_run(tmp_path, monkeypatch, capsys, to):
   runpy.run_path(str(tmp_path / "card.py"))
   assert re.search(r"\d\.\d", capsys.readouterr().out)
   assert len(code.strip().splitlines()) == 3
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+  """`benchmarks/steps.py` and `benchmarks/peers.py`: our step and PyTorch's, of random texts."""
+  monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+  return importlib.import_module("steps"), importlib.import_module("peers")
+
+
+@pytest.mark.parametrize("pool", ["own", "global"])
+@pytest.mark.parametrize("pack", [None, 48])
+def test_the_cascade_in_pytorch_has_our_loss_and_gradient(benchmarks, pool, pack):
+  """All seven terms, padded and packed: an independent implementation, whose gradient is autograd's."""
+  steps, peers = benchmarks
+  a = config.Architecture(vocabulary=300, width=32, layers=2, heads=2, inner=64, special=(0, steps.CLS, steps.SEP))
+  weights = config.Weights(1.0, 0.7, 0.9, 1.1, 0.6, 0.8, 0.5, 0, 0)
+  temperature = config.Temperatures(dual=0.1, late=0.5, cross=2.0, attention=0.3)
+  train = config.Train(batch=4, negatives=2, weights=weights, temperature=temperature, late_pool=pool)
+  model = config.Model(scan=False, late_width=None, pooling="mean", cosine=True, dropout=0.0)
+  params = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x + 0.1, steps.parameters(model, a, a))
+  texts = steps.Texts(train, config.Data(query_length=8, passage_length=24), share=0.6, vocabulary=300)
+  with jax.set_mesh(mesh.make(jax.devices()[:1])):
+    ours = steps.Runner(model, train, params, texts.batch(pack))
+    ours()
+  theirs = peers.Runner(params, train, texts.batch(), "cpu", autocast=False, compiled=False)
+  theirs()
+  assert theirs.loss == pytest.approx(ours.loss, rel=1e-5)
+  assert theirs.norm == pytest.approx(ours.norm, rel=1e-4)

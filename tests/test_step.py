@@ -129,9 +129,10 @@ def test_a_split_optimizer_makes_the_same_step_with_less_memory(tiny_params):
   assert held[1] < held[0] / 4
 
 
-def test_bfloat16_terms_are_near_those_of_float32_and_all_but_products_is_float32(tiny_params, alone):
+@pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
+def test_rounded_terms_are_near_those_of_float32_and_all_but_products_is_float32(tiny_params, alone, dtype):
   model, _ = tiny_params
-  half = dataclasses.replace(model, dtype="bfloat16")
+  half = dataclasses.replace(model, dtype=dtype)
   tree = step.init_params(half, TINY, TINY, jax.random.key(0))
   (_, terms), gradient = gradients(half, FULL, tree, make_batch(), jax.random.key(7))
   assert all(
