@@ -779,16 +779,18 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   values, found = search(current, queries, passages, e.teacher_depth)
   tokens = token_vectors(current, student_params, passages)
   late = retrieval.rerank_late(queries, found, tokens, each_passage(current, student_params))
-  teacher = retrieval.rerank_cross(teacher_params, store, current.passages, found, current.template)
+  alone = retrieval.rerank_cross(teacher_params, store, current.passages, found, current.template)
+  teacher = alone
   if current.config.cascade.residual:  # it is judged by the score that it teaches
     temperature = dataclasses.asdict(current.config.cascade.temperature)
-    teacher = np.asarray(losses.corrected(jax.numpy.asarray(teacher), jax.numpy.asarray(late), temperature))
+    teacher = np.asarray(losses.corrected(jax.numpy.asarray(alone), jax.numpy.asarray(late), temperature))
   qrels = first_judged(current, len(some))
   measured = lambda scores: evaluate.metrics(current.as_run("dev", *retrieval.reorder(found, scores)), qrels)
   rng = np.random.default_rng(current.config.seed)
   draws = [measured(rng.random(found.shape))["MRR@10"] for _ in range(20)]
   scores = {"student": measured(values), "late": measured(late), "teacher": measured(teacher)}
   student, late_mrr, taught = (scores[name]["MRR@10"] for name in ("student", "late", "teacher"))
+  scores |= {"alone": measured(alone)} if current.config.cascade.residual else {}
   warning = None
   where = f"on {len(some)} dev queries, top {e.teacher_depth}"
   remedy = "give warmup.steps more, or start from a stronger cross-encoder (model.teacher_start)"
@@ -805,6 +807,11 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
     warning = (
       f"the teacher ranks worse than its student (MRR@10 {taught:.3f} < {student:.3f} {where}): it may hold the "
       f"student back; {remedy}"
+    )
+  elif scores.get("alone", scores["teacher"])["MRR@10"] > taught:
+    warning = (
+      f"the cross-encoder alone ranks better than the teacher that adds late interaction to it (MRR@10 "
+      f"{scores['alone']['MRR@10']:.3f} > {taught:.3f} {where}): set cascade.residual=False"
     )
   if warning:
     say(f"  warning: {warning}")

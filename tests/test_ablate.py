@@ -109,6 +109,7 @@ def test_a_wrong_row_is_refused(names, own, says):
     ({"mine": Mine(margin=1.0)}, ("denoise",)),
     ({"mine": Mine(margin=0.0, refresh=10)}, ()),
     ({"cascade": dataclasses.replace(FULL.cascade, steps=5)}, ()),
+    ({"cascade": dataclasses.replace(FULL.cascade, residual=True)}, ("check",)),
   ],
 )
 def test_a_stage_is_another_one_from_the_first_that_reads_what_differs(changed, stages):
