@@ -68,6 +68,7 @@ def main() -> None:
   parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument("--remat", action=argparse.BooleanOptionalAction, default=True)
   parser.add_argument("--top", type=int, default=0, help="source lines shown of each case")
+  parser.add_argument("--most", type=float, help="cycles; a case that needs more ends the program with code 1")
   chosen = parser.parse_args()
   print(f"jax {jax.__version__}; {chosen.queries} queries x {chosen.passages} passages a chip, chunk {chosen.chunk}, "
         f"scan {chosen.scan}, remat {chosen.remat}, dropout {chosen.dropout}\n")  # fmt: skip
@@ -90,6 +91,8 @@ def main() -> None:
                 flush=True)  # fmt: skip
           for line in made.operations[: chosen.top]:
             print(f"    {line.cycles / made.cycles:6.1%}  {line.where:24} {line.name}", flush=True)
+          if chosen.most is not None and made.cycles > chosen.most:
+            raise SystemExit(f"{made.cycles:.4e} cycles: more than {chosen.most:.4e}")
 
 
 if __name__ == "__main__":
