@@ -106,7 +106,7 @@ def parameters(model: Model, student: Architecture, teacher: Architecture) -> sc
 
 
 def agree(first: dict[str, tuple[float, float]], tolerance: dict[str, float], otherwise: float) -> None:
-  """Ends the program unless each side's first loss is the first side's, relative, and its gradient norm within 10 times.
+  """Ends the program unless each side's first loss is the first side's, relative, and its norm within 10 times.
 
   MaxSim of random weights picks among nearly equal tokens, and what rounding decides there has another gradient: the
   cascade's norm in float32 differs by 1.4e-4 from PyTorch's, without late interaction by 9e-6.
