@@ -45,7 +45,7 @@ STEPS = {
 }
 OURS = ("float32", "mixed", "bfloat16")
 THEIRS = ("torch", "torch bfloat16", "sentence-transformers")
-EXACT = dict.fromkeys(("float32", "torch", "sentence-transformers"), 1e-4)  # relative, of the loss; bfloat16: 0.01
+EXACT = ("float32", "torch", "sentence-transformers")  # nothing is rounded to bfloat16
 
 
 def runner(side: str, name: str) -> Any:
@@ -81,7 +81,7 @@ def main() -> None:
       for one in runners.values():  # compiles
         one()
       first = {side: (one.loss, one.norm) for side, one in runners.items()}
-      steps.agree(first, EXACT, 0.01)
+      steps.agree(first, EXACT)
       for _ in range(chosen.turns):
         for one in runners.values():
           one()

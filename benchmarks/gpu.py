@@ -130,7 +130,7 @@ def main() -> None:
         runners[side]()  # compiles
         memory[side] = held(side)
       first = {side: (one.loss, one.norm) for side, one in runners.items()}
-      steps.agree(first, {}, 0.01)
+      steps.agree(first, ())
       for _ in range(chosen.turns + 2):
         for one in runners.values():
           one()

@@ -84,6 +84,8 @@ def main() -> None:
           try:
             made = plan.plan(settings, STEPS[step][0], topology)
           except UserError as error:
+            if chosen.most is not None:
+              raise SystemExit(f"{about} {error}") from error
             print(f"{about} {error} |", flush=True)
             continue
           print(f"{about} {made.cycles:.3e} | {sum(made.memory.values()) / plan.GIB:.2f} | {made.step_time:.3f} | "

@@ -17,13 +17,12 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from ernie_jax.config import UserError
+from ernie_jax.config import Data, UserError
 from ernie_jax.verbs import VERBS
 
 if BEFORE is signal.default_int_handler:
   signal.signal(signal.SIGINT, BEFORE)
 
-COMPILED = "~/.cache/ernie_jax/compiled"
 USAGE = """usage: ernie-jax VERB ...
 
   run CONFIG --output DIR [--fresh] [--seed 1] [--cascade.steps 200] [--multihost] ...
@@ -84,12 +83,14 @@ def main(args: Sequence[str] | None = None) -> int:
 def keep_compiled() -> None:
   """Programs are compiled once, and read from there by whatever run asks for them again: jax reads this at its import.
 
-  Where the folder cannot be written each process compiles for itself.
+  Where the folder cannot be written each process compiles for itself. A folder of the user's own is left as it is.
   """
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
   with contextlib.suppress(OSError, RuntimeError):
-    place = Path(COMPILED).expanduser()
+    place = Path(Data.cache).expanduser() / "compiled"
     place.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(place))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))  # bytes; then the longest unused ones go
 
 

@@ -223,16 +223,17 @@ def sources(hlo: str) -> dict[str, str]:
   return {frame: where(frame) for frame in frames}
 
 
-def operations(hlo: str) -> list[Operation]:
-  """Cycles by source line, the dearest first. A fusion of several lines' work counts where its result comes from."""
-  found, entry = computations(hlo)
-  known = sources(hlo)
+def operations(found: dict[str, list[str]], name: str, known: dict[str, str]) -> list[Operation]:
+  """Cycles by source line from a computation on, the dearest first; `known` are the lines, as of `sources`.
+
+  A fusion of several lines' work counts where its result comes from.
+  """
   cycles: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-  for line, amount in scheduled(found, entry):
-    frame, name = (re.search(pattern, line) for pattern in (r"stack_frame_id=(\d+)", r'op_name="([^"]*)"'))
+  for line, amount in scheduled(found, name):
+    frame, called = (re.search(pattern, line) for pattern in (r"stack_frame_id=(\d+)", r'op_name="([^"]*)"'))
     where = known.get(frame.group(1), "") if frame else ""
     kind = re.search(r"%?([a-zA-Z\-_]+)[\w.]* = ", line)
-    cycles[where or "the compiler"][name.group(1) if name else kind.group(1) if kind else "?"] += amount
+    cycles[where or "the compiler"][called.group(1) if called else kind.group(1) if kind else "?"] += amount
   lines = [Operation(where, max(own, key=lambda n: own[n]), sum(own.values())) for where, own in cycles.items()]
   return sorted(lines, key=lambda operation: -operation.cycles)
 
@@ -462,7 +463,7 @@ def plan(settings: Config, stage: Stage, topology: str) -> Plan:
     ),
     total_cycles(found, entry),
     collectives(found, entry, chips),
-    operations(hlo),
+    operations(found, entry, sources(hlo)),
   )
 
 

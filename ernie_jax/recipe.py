@@ -790,7 +790,8 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   draws = [measured(rng.random(found.shape))["MRR@10"] for _ in range(20)]
   scores = {"student": measured(values), "late": measured(late), "teacher": measured(teacher)}
   student, late_mrr, taught = (scores[name]["MRR@10"] for name in ("student", "late", "teacher"))
-  scores |= {"alone": measured(alone)} if current.config.cascade.residual else {}
+  if current.config.cascade.residual:
+    scores["alone"] = measured(alone)
   warning = None
   where = f"on {len(some)} dev queries, top {e.teacher_depth}"
   remedy = "give warmup.steps more, or start from a stronger cross-encoder (model.teacher_start)"
@@ -808,7 +809,7 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
       f"the teacher ranks worse than its student (MRR@10 {taught:.3f} < {student:.3f} {where}): it may hold the "
       f"student back; {remedy}"
     )
-  elif scores.get("alone", scores["teacher"])["MRR@10"] > taught:
+  elif "alone" in scores and scores["alone"]["MRR@10"] > taught:
     warning = (
       f"the cross-encoder alone ranks better than the teacher that adds late interaction to it (MRR@10 "
       f"{scores['alone']['MRR@10']:.3f} > {taught:.3f} {where}): set cascade.residual=False"

@@ -105,7 +105,7 @@ StackFrames
   for part, name, frame in (("fused_part.2", "add", 1), ("fused_part.1", "dot", 3)):
     metadata = f'metadata={{op_name="{name}" stack_frame_id={frame}}}'
     marked = marked.replace(f"calls=%{part},", f"calls=%{part}, {metadata},")
-  told = plan.operations(frames + marked)
+  told = plan.operations(*plan.computations(marked), plan.sources(frames))
   assert told == [("losses.py:20", "dot", 1100), ("step.py:10", "add", 1000), ("the compiler", "copy", 53)]
   assert sum(operation.cycles for operation in told) == plan.total_cycles(*plan.computations(HLO))
 
