@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx, struct
 
 from ernie_jax import config
-from ernie_jax.kernels import Linear, gelu
+from ernie_jax.kernels import LayerNorm, Linear, gelu
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
@@ -149,6 +150,50 @@ def kept(x: Float[Array, "*n"], rate: float, hashes: UInt32[Array, "*n"]) -> Flo
   return jnp.where(mix(hashes) >= jnp.uint32(round(rate * 2**32)), x / (1 - rate), 0)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attend(
+  rate: float,
+  query: Float[Array, "n q heads d"],
+  keyed: Float[Array, "n k heads d"],
+  value: Float[Array, "n k heads d"],
+  mask: Bool[Array, "n 1 #q k"],
+  noise: Noise | None,
+) -> tuple[Float[Array, "n q heads d"], Float[Array, "n heads q k"]]:
+  """Attention's output, and its probabilities before dropout, float32.
+
+  Of the [n, heads, q, k] arrays the gradient keeps the probabilities alone, in the dtype of `value`, negative where
+  dropout took them; derived operation by operation it keeps up to six.
+  """
+  return _attend_forward(rate, query, keyed, value, mask, noise)[0]
+
+
+def _attend_forward(rate, query, keyed, value, mask, noise):
+  logits = jnp.einsum("nqad,nkad->naqk", query, keyed, preferred_element_type=jnp.float32)
+  logits = jnp.where(mask, logits * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+  attention = jax.nn.softmax(logits, axis=-1)
+  dropped = drop_attention(attention, rate, noise)
+  signed = attention if noise is None else jnp.where(dropped > 0, attention, -attention)
+  mixed = jnp.einsum("naqk,nkad->nqad", dropped.astype(value.dtype), value)
+  return (mixed, attention), (query, keyed, value, signed.astype(value.dtype), noise)
+
+
+def _attend_backward(rate, kept, slopes):
+  query, keyed, value, signed, noise = kept
+  slope, of_attention = slopes
+  left = lambda x: x if noise is None else jnp.where(signed > 0, x / (1 - rate), 0)
+  attention = jnp.abs(signed).astype(jnp.float32)
+  of_value = jnp.einsum("naqk,nqad->nkad", left(attention).astype(value.dtype), slope)
+  inner = of_attention + left(jnp.einsum("nqad,nkad->naqk", slope, value, preferred_element_type=jnp.float32))
+  of_logits = attention * (inner - jnp.sum(inner * attention, axis=-1, keepdims=True))
+  of_logits = (of_logits * query.shape[-1] ** -0.5).astype(value.dtype)
+  of_query = jnp.einsum("naqk,nkad->nqad", of_logits, keyed)
+  of_keyed = jnp.einsum("naqk,nqad->nkad", of_logits, query)
+  return of_query, of_keyed, of_value, None, None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
 class Layer(nnx.Module):
   """Self-attention, then a feed-forward network, each followed by dropout, residual sum and LayerNorm."""
 
@@ -174,12 +219,7 @@ class Layer(nnx.Module):
       x, keyed, value = first(x, leads)[:, None], by_text(keyed, leads), by_text(value, leads)
       mask = (owned(leads) > 0)[:, None, None, :]
     query = heads(self.query(x))
-    logits = jnp.einsum("nqad,nkad->naqk", query, keyed, preferred_element_type=jnp.float32)
-    logits = jnp.where(mask, logits * (a.width // a.heads) ** -0.5, jnp.finfo(jnp.float32).min)
-    attention = jax.nn.softmax(logits, axis=-1)
-    mixed = jnp.einsum(
-      "naqk,nkad->nqad", drop_attention(attention, a.attention_dropout, noises[0]).astype(value.dtype), value
-    )
+    mixed, attention = attend(a.attention_dropout, query, keyed, value, mask, noises[0])
     x = self.attention_norm(x + drop(self.output(mixed.reshape(x.shape)), a.dropout, noises[1])).astype(x.dtype)
     inner = self.down(activation(a)(self.up(x)))
     return self.output_norm(x + drop(inner, a.dropout, noises[2])).astype(x.dtype), attention
@@ -191,9 +231,8 @@ def activation(a: config.Architecture) -> Callable[[jax.Array], jax.Array]:
   return known[a.activation]
 
 
-def norm(a: config.Architecture, rngs: nnx.Rngs) -> nnx.LayerNorm:
-  """LayerNorm in float32, with the variance computed from differences: E[x^2] - E[x]^2 loses digits."""
-  return nnx.LayerNorm(a.width, epsilon=a.epsilon, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+def norm(a: config.Architecture, rngs: nnx.Rngs) -> LayerNorm:
+  return LayerNorm(a.width, epsilon=a.epsilon, rngs=rngs)
 
 
 class Encoder(nnx.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import erfc
 
-from ernie_jax.kernels import Linear, gelu, product
+from ernie_jax.kernels import LayerNorm, Linear, gelu, layer_norm, product
 
 POINTS = np.concatenate([np.linspace(-14, 14, 400_001), [0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0, 1e4, -1e4]])
 
@@ -58,3 +58,37 @@ def test_a_linear_layer_gives_what_it_got():
     assert layer(x).dtype == dtype
     exact = x.astype(jnp.float32) @ layer.kernel[...] + layer.bias[...]
     np.testing.assert_allclose(layer(x).astype(jnp.float32), exact, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(("middle", "within"), [(0.0, 2e-6), (30.0, 4e-5), (1000.0, 2e-3)])
+def test_layer_norm_and_its_gradient_are_those_of_float64(middle, within):
+  """Rows far from 0 lose what float32 loses of `x - mean`, and no more: E[x^2] - E[x]^2 would lose its square."""
+  rng = np.random.default_rng(0)
+  x, slope = middle + rng.normal(size=(40, 96)).astype(np.float32), rng.normal(size=(40, 96)).astype(np.float32)
+  scale, bias = (rng.normal(size=96).astype(np.float32) for _ in range(2))
+  found, back = jax.vjp(lambda *given: layer_norm(*given, 1e-12), *map(jnp.asarray, (x, scale, bias)))
+
+  def plain(x, scale, bias):
+    apart = x - x.mean(-1, keepdims=True)
+    return apart / jnp.sqrt((apart**2).mean(-1, keepdims=True) + 1e-12) * scale + bias
+
+  with jax.enable_x64(True):
+    exact, exact_back = jax.vjp(plain, *(jnp.asarray(a, jnp.float64) for a in (x, scale, bias)))
+    expected = [exact, *exact_back(jnp.asarray(slope, jnp.float64))]
+    expected = [np.asarray(one) for one in expected]
+  for one, other in zip([found, *back(jnp.asarray(slope))], expected):
+    assert one.dtype == jnp.float32
+    assert np.max(np.abs(np.asarray(one) - other)) < within * np.max(np.abs(other))
+
+
+def test_layer_norm_of_bfloat16_is_computed_in_float32():
+  from flax import nnx
+
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 64)), jnp.bfloat16)
+  own = LayerNorm(64, epsilon=1e-5, rngs=nnx.Rngs(0))
+  theirs = nnx.LayerNorm(64, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  np.testing.assert_allclose(own(x), theirs(x), rtol=1e-6, atol=1e-6)
+  slope = jax.grad(lambda x: jnp.sum(own(x) * jnp.arange(64)))(x)
+  assert (own(x).dtype, slope.dtype) == (jnp.float32, jnp.bfloat16)
+  expected = jax.grad(lambda x: jnp.sum(theirs(x) * jnp.arange(64)))(x)
+  np.testing.assert_allclose(slope.astype(jnp.float32), expected.astype(jnp.float32), rtol=2**-7, atol=2**-7)

@@ -301,3 +301,32 @@ def test_programs_are_compiled_once_for_all_runs(tmp_path):
   assert (run(tmp_path).returncode, kept()) == (0, before)
   nowhere = run(tmp_path / "file")  # no folder can be made there
   assert (nowhere.returncode, nowhere.stderr) == (0, "")
+
+
+def test_a_process_starts_again_for_huge_pages_where_they_are_given_to_who_asks(tmp_path):
+  """Once, with the same command and everything else as it was; nowhere else, and not against a user's own settings."""
+  pages = tmp_path / "enabled"
+  code = f"""
+    import os, sys, pathlib
+    from ernie_jax import __main__ as command
+    print(sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), flush=True)
+    command.PAGES = pathlib.Path({str(pages)!r})
+    sys.exit(command.main())
+  """
+  own = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+
+  def printed(kind, *args, **more):
+    if kind is not None:
+      pages.write_text(kind)
+    command = [sys.executable, "-c", textwrap.dedent(code), *args]
+    return subprocess.run(command, env=own | more, capture_output=True, text=True).stdout.splitlines()
+
+  verb = ["evaluate", str(tmp_path / "no qrels"), "x"]
+  without, given = f"{verb} None", f"{verb} glibc.malloc.hugetlb=1"
+  assert printed(None, *verb) == [without]
+  assert printed("always [madvise] never", *verb) == [without, given]
+  assert printed("[always] madvise never", *verb) == printed("always madvise [never]", *verb) == [without]
+  assert printed("always [madvise] never", *verb, GLIBC_TUNABLES="glibc.malloc.arena_max=1") == [
+    f"{verb} glibc.malloc.arena_max=1"
+  ]
+  assert len([line for line in printed("always [madvise] never", "--help") if "None" in line]) == 1

@@ -124,7 +124,9 @@ def test_a_split_optimizer_makes_the_same_step_with_less_memory(tiny_params):
       assert train_step._cache_size() == 1
       made.append(jax.device_get((state.params, logs)))
       held.append(sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.optimizer)))
-  assert distance(made[1][0], made[0][0]) < 1e-4
+  # To a thousandth of a move. Adam moves every entry as far, and one whose gradient is nearly 0 by what was rounded.
+  apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), made[1][0], made[0][0])
+  assert max(jax.tree.leaves(apart)) < 1e-3 * FULL.optimizer.learning_rate
   np.testing.assert_allclose(made[1][1]["gradient_norm"], made[0][1]["gradient_norm"], rtol=1e-5)
   assert held[1] < held[0] / 4
 
