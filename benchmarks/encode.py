@@ -1,10 +1,10 @@
 """Passages encoded a second, beside sentence-transformers with the same weights: two processes that take turns.
 
-  python benchmarks/encode.py        (needs `pip install -e .[interop]`)
+  python benchmarks/encode.py [--dtype mixed]        (needs `pip install -e .[interop]`)
 
-all-MiniLM-L6-v2, mean pooling, float32, the passages of docstrings in their own order, from text to vector: both
-tokenise and sort by length themselves. Each process encodes the same block in turn, while the other one waits. Seconds
-of the processor count beside the wall clock's: on shared cores they are the steadier of the two.
+all-MiniLM-L6-v2, mean pooling, theirs in float32, ours in `--dtype`, the passages of docstrings in their own order, from
+text to vector: both tokenise and sort by length themselves. Each process encodes the same block in turn, while the
+other one waits. Seconds of the processor count beside the wall clock's: on shared cores they are the steadier of the two.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,14 +26,14 @@ def passages(count: int) -> list[str]:
   return datasets.load(config.Data()).corpus.passages[:count]
 
 
-def ours(directory: Path, length: int):
+def ours(directory: Path, length: int, dtype: Any):
   import jax
 
   from ernie_jax import mesh, retrieval, step, templates, tokens
 
   checkpoint = pretrained.load(directory, "")
   tokenizer = tokens.Tokenizer.load(directory)
-  model = config.Model(pooling="mean", cosine=True, late_width=None, scan=False)
+  model = config.Model(pooling="mean", cosine=True, late_width=None, scan=False, dtype=dtype)
   shapes = (checkpoint.architecture,) * 2
   params, _ = pretrained.assign(step.init_params(model, *shapes, jax.random.key(0)), checkpoint, None)
   template = templates.Template(tokenizer, config.Data(passage_length=length))
@@ -46,7 +47,7 @@ def ours(directory: Path, length: int):
   return encode
 
 
-def theirs(directory: Path, length: int):
+def theirs(directory: Path, length: int, _: str):
   from sentence_transformers import SentenceTransformer, models
 
   body = models.Transformer(str(directory), max_seq_length=length)
@@ -54,9 +55,9 @@ def theirs(directory: Path, length: int):
   return SentenceTransformer(modules=parts, device="cpu").encode
 
 
-def work(side: str, directory: Path, length: int, count: int, block: int, out: Path) -> None:
+def work(side: str, directory: Path, length: int, dtype: str, count: int, block: int, out: Path) -> None:
   """Encodes a block whenever a line comes in, and says the seconds: wall clock, processor."""
-  encode = {"ours": ours, "theirs": theirs}[side](directory, length)
+  encode = {"ours": ours, "theirs": theirs}[side](directory, length, dtype)
   texts = passages(count)
   encode(texts[:block])  # compiles, and fills caches
   np.save(out / f"{side}.npy", encode(texts[:256]))
@@ -73,19 +74,20 @@ def main() -> None:
   parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256])
   parser.add_argument("--passages", type=int, default=2048)
   parser.add_argument("--block", type=int, default=512)
+  parser.add_argument("--dtype", choices=config.PRODUCTS, default="float32")
   parser.add_argument("--side", help=argparse.SUPPRESS)
   parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
   chosen = parser.parse_args()
   directory, _ = hub.locate(hub.MINILM, Path(config.Data().cache).expanduser())
   if chosen.side:
-    return work(chosen.side, directory, chosen.lengths[0], chosen.passages, chosen.block, chosen.out)
+    return work(chosen.side, directory, chosen.lengths[0], chosen.dtype, chosen.passages, chosen.block, chosen.out)
   count = len(passages(chosen.passages))  # prepared before both read it
   print(f"{'tokens':>6}  {'ours /s':>8} {'theirs /s':>9} {'ratio':>6}  {'ours /cpu s':>11} {'theirs /cpu s':>13} "
         f"{'ratio':>6}  {'largest difference':>18}")  # fmt: skip
   for length in chosen.lengths:
     with tempfile.TemporaryDirectory() as out:
       command = [sys.executable, __file__, "--lengths", str(length), "--out", out, "--passages", str(count)]
-      command += ["--block", str(chosen.block), "--side"]
+      command += ["--block", str(chosen.block), "--dtype", chosen.dtype, "--side"]
       pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
       sides = {side: subprocess.Popen([*command, side], **pipes) for side in ("ours", "theirs")}
       for child in sides.values():
