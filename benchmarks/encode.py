@@ -4,7 +4,7 @@
 
 all-MiniLM-L6-v2, mean pooling, theirs in float32, ours in `--dtype`, the passages of docstrings in their own order, from
 text to vector: both tokenise and sort by length themselves. Each process encodes the same block in turn, while the
-other one waits. Seconds of the processor count beside the wall clock's: on shared cores they are the steadier of the two.
+other one waits. Seconds of the processor count beside the wall clock's: on shared cores they are the steadier.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def theirs(directory: Path, length: int, _: str):
   return SentenceTransformer(modules=parts, device="cpu").encode
 
 
-def work(side: str, directory: Path, length: int, dtype: str, count: int, block: int, out: Path) -> None:
+def work(side: str, directory: Path, length: int, dtype: Any, count: int, block: int, out: Path) -> None:
   """Encodes a block whenever a line comes in, and says the seconds: wall clock, processor."""
   encode = {"ours": ours, "theirs": theirs}[side](directory, length, dtype)
   texts = passages(count)
