@@ -2,7 +2,7 @@
 
   python benchmarks/encode.py [--dtype mixed]        (needs `pip install -e .[interop]`)
 
-all-MiniLM-L6-v2, mean pooling, theirs in float32, ours in `--dtype`, the passages of docstrings in their own order, from
+all-MiniLM-L6-v2, mean pooling, theirs in float32, ours in `--dtype`, the passages of docstrings in their own order,
 text to vector: both tokenise and sort by length themselves. Each process encodes the same block in turn, while the
 other one waits. Seconds of the processor count beside the wall clock's: on shared cores they are the steadier.
 """
