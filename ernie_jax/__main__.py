@@ -13,6 +13,7 @@ if BEFORE is signal.default_int_handler:
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,8 +64,6 @@ USAGE = """usage: ernie-jax VERB ...
 
 def main(args: Sequence[str] | None = None) -> int:
   """Runs a verb; 0 when it is done, 2 after a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM."""
-  if args is None and sys.argv[1:2] and sys.argv[1] in VERBS:
-    huge_pages()
   if args is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # after the verb nothing is left to say: not a traceback
   try:
@@ -83,22 +82,30 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+LONG = ("run", "ablate", "encode", "mine", "serve")  # verbs that compute for long
 
 
 def huge_pages() -> None:
-  """Starts this process again with memory in pages of 2 MiB where Linux gives them to who asks (`madvise`).
+  """Starts this process again with memory in huge pages, where Linux gives them to who asks (`madvise`).
 
-  A step on a CPU takes gigabytes from the system each time: page by page of 4 KiB, a fifth of its time. glibc asks only
-  if a variable says so when the process starts. A user's own GLIBC_TUNABLES stay as they are.
+  A step on a CPU takes gigabytes from the system each time: page by page of 4 KiB, a fifth of its time. glibc asks
+  from its version 2.35, and only if a variable says so when the process starts.
   """
   try:
     asked = "[madvise]" in PAGES.read_text()
   except OSError:
-    return  # no Linux
-  if asked and "GLIBC_TUNABLES" not in os.environ:
-    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-    with contextlib.suppress(OSError):
-      os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    return  # the system has none
+  old, again, process = os.environ.get("GLIBC_TUNABLES", ""), "ERNIE_JAX_STARTED_AGAIN", str(os.getpid())
+  debugged = sys.gettrace() is not None or not sys.executable
+  if not asked or "glibc.malloc.hugetlb" in old or debugged or os.environ.get(again) == process:
+    return
+  tunables = f"{old}:glibc.malloc.hugetlb=1".lstrip(":")
+  sys.stdout.flush()
+  sys.stderr.flush()
+  with contextlib.suppress(OSError):
+    # The process keeps its number: whatever becomes of the variable, this happens once.
+    environment = os.environ | {"GLIBC_TUNABLES": tunables, again: process}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def keep_compiled() -> None:
@@ -111,6 +118,11 @@ def keep_compiled() -> None:
   with contextlib.suppress(OSError, RuntimeError):
     place = Path(Data.cache).expanduser() / "compiled"
     place.mkdir(parents=True, exist_ok=True)
+    for program in place.glob("*-cache"):
+      # JAX writes the time of its last use after it, and nothing any more where one lacks it: a killed process's.
+      used = program.with_name(program.name.removesuffix("-cache") + "-atime")
+      if not used.exists() and time.time() - program.stat().st_mtime > 60:
+        program.unlink()
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place)
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))  # bytes; then the longest unused ones go
 
@@ -142,5 +154,12 @@ def _main(args: Sequence[str] | None) -> int:
   return 0
 
 
+def command() -> int:
+  """The program: `main`, in a process of its own."""
+  if sys.argv[1:2] and sys.argv[1] in LONG:
+    huge_pages()
+  return main()
+
+
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(command())

@@ -150,20 +150,24 @@ def kept(x: Float[Array, "*n"], rate: float, hashes: UInt32[Array, "*n"]) -> Flo
   return jnp.where(mix(hashes) >= jnp.uint32(round(rate * 2**32)), x / (1 - rate), 0)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def attend(
-  rate: float,
   query: Float[Array, "n q heads d"],
   keyed: Float[Array, "n k heads d"],
   value: Float[Array, "n k heads d"],
   mask: Bool[Array, "n 1 #q k"],
+  rate: float,
   noise: Noise | None,
 ) -> tuple[Float[Array, "n q heads d"], Float[Array, "n heads q k"]]:
   """Attention's output, and its probabilities before dropout, float32.
 
-  Of the [n, heads, q, k] arrays the gradient keeps the probabilities alone, in the dtype of `value`, negative where
-  dropout took them; derived operation by operation it keeps up to six.
+  Beside query, key and value the gradient keeps one [n, heads, q, k] array, the probabilities in the dtype of `value`,
+  negative where dropout took them; derived operation by operation it keeps up to six.
   """
+  return _attend(rate, query, keyed, value, mask, None if rate == 0 else noise)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(rate, query, keyed, value, mask, noise):
   return _attend_forward(rate, query, keyed, value, mask, noise)[0]
 
 
@@ -174,24 +178,25 @@ def _attend_forward(rate, query, keyed, value, mask, noise):
   dropped = drop_attention(attention, rate, noise)
   signed = attention if noise is None else jnp.where(dropped > 0, attention, -attention)
   mixed = jnp.einsum("naqk,nkad->nqad", dropped.astype(value.dtype), value)
-  return (mixed, attention), (query, keyed, value, signed.astype(value.dtype), noise)
+  return (mixed, attention), (query, keyed, value, mask, signed.astype(value.dtype), noise)
 
 
-def _attend_backward(rate, kept, slopes):
-  query, keyed, value, signed, noise = kept
+def _attend_backward(rate, held, slopes):
+  query, keyed, value, mask, signed, noise = held
   slope, of_attention = slopes
   left = lambda x: x if noise is None else jnp.where(signed > 0, x / (1 - rate), 0)
   attention = jnp.abs(signed).astype(jnp.float32)
   of_value = jnp.einsum("naqk,nqad->nkad", left(attention).astype(value.dtype), slope)
   inner = of_attention + left(jnp.einsum("nqad,nkad->naqk", slope, value, preferred_element_type=jnp.float32))
   of_logits = attention * (inner - jnp.sum(inner * attention, axis=-1, keepdims=True))
-  of_logits = (of_logits * query.shape[-1] ** -0.5).astype(value.dtype)
+  # Where nothing is read, as by padding, all probabilities are alike, whatever the logits.
+  of_logits = jnp.where(mask, of_logits * query.shape[-1] ** -0.5, 0).astype(value.dtype)
   of_query = jnp.einsum("naqk,nkad->nqad", of_logits, keyed)
   of_keyed = jnp.einsum("naqk,nqad->nkad", of_logits, query)
   return of_query, of_keyed, of_value, None, None
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 class Layer(nnx.Module):
@@ -219,7 +224,7 @@ class Layer(nnx.Module):
       x, keyed, value = first(x, leads)[:, None], by_text(keyed, leads), by_text(value, leads)
       mask = (owned(leads) > 0)[:, None, None, :]
     query = heads(self.query(x))
-    mixed, attention = attend(a.attention_dropout, query, keyed, value, mask, noises[0])
+    mixed, attention = attend(query, keyed, value, mask, a.attention_dropout, noises[0])
     x = self.attention_norm(x + drop(self.output(mixed.reshape(x.shape)), a.dropout, noises[1])).astype(x.dtype)
     inner = self.down(activation(a)(self.up(x)))
     return self.output_norm(x + drop(inner, a.dropout, noises[2])).astype(x.dtype), attention

@@ -8,7 +8,7 @@ used by XLA for a float32 result alone.
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def _summed(spec, dtype, x, y):
   return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
 
-@jax.jit  # outside of a compiled program a layout can be asked of some arrays alone
+@jax.jit  # outside of a compiled program only a whole array on a device can be asked for a layout
 def _turned(x):
   """The transpose, moved in memory: a CPU's fast products of bfloat16 read rows; the others take twice the time."""
   return with_layout_constraint(x.T, Layout((0, 1)))
@@ -106,7 +106,6 @@ def _gelu_backward(x, slope):
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
   x: Float[Array, "*n h"], scale: Float[Array, "h"], bias: Float[Array, "h"], epsilon: float
 ) -> Float[Array, "*n h"]:
@@ -115,6 +114,11 @@ def layer_norm(
   The variance is that of the differences: E[x^2] - E[x]^2 loses digits. The gradient, in closed form, takes both its
   means over a row at once; derived operation by operation it reads its operands twice.
   """
+  return _norm(x, scale, bias, epsilon)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _norm(x, scale, bias, epsilon):
   return _norm_forward(x, scale, bias, epsilon)[0]
 
 
@@ -122,25 +126,26 @@ def _norm_forward(x, scale, bias, epsilon):
   wide = _wide(x)
   mean = wide.mean(-1, keepdims=True)
   rate = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
-  return (wide - mean) * rate * scale + bias, (x, mean, rate, scale)
+  return (wide - mean) * rate * scale + bias, (x, mean, rate, scale, bias)
 
 
 def _norm_backward(_, kept, slope):
-  x, mean, rate, scale = kept
+  x, mean, rate, scale, bias = kept
   normal, rows = (_wide(x) - mean) * rate, tuple(range(slope.ndim - 1))
   inner = slope * scale
   along = normal * (inner * normal).mean(-1, keepdims=True)
   of_x = rate * (inner - inner.mean(-1, keepdims=True) - along)
-  return of_x.astype(x.dtype), (slope * normal).sum(rows), slope.sum(rows)
+  of_scale, of_bias = (slope * normal).sum(rows), slope.sum(rows)
+  return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
 
 
-layer_norm.defvjp(_norm_forward, _norm_backward)
+_norm.defvjp(_norm_forward, _norm_backward)
 
 
 class LayerNorm(nnx.LayerNorm):
   """`layer_norm` of the last axis; the result is float32 or wider."""
 
-  def __call__(self, x: Float[Array, "*n h"], *, mask: Any = None) -> Float[Array, "*n h"]:
+  def __call__(self, x: Float[Array, "*n h"], *, mask: None = None) -> Float[Array, "*n h"]:  # type: ignore[override]
     assert self.scale is not None
     assert self.bias is not None
     return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)

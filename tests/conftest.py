@@ -41,10 +41,10 @@ import pytest
 
 # Shapes in signatures are imported for type checkers only. Here they are imported for real, and checked in every call.
 typing.TYPE_CHECKING = True
-from ernie_jax import encoder, losses, scores, step
+from ernie_jax import encoder, kernels, losses, scores, step
 
 typing.TYPE_CHECKING = False
-for module in (encoder, scores, losses, step):
+for module in (kernels, encoder, scores, losses, step):
   for name, function in inspect.getmembers(module, inspect.isfunction):
     if function.__module__ == module.__name__:
       setattr(module, name, jaxtyping.jaxtyped(function, typechecker=beartype.beartype))

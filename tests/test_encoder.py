@@ -10,7 +10,21 @@ from conftest import TINY, distance, make_batch, make_rows
 from flax import nnx
 
 from ernie_jax import config, step, templates
-from ernie_jax.encoder import Encoder, Noise, Rows, apart, drop, first, owned, seeds, split_last, unstack, with_dropout
+from ernie_jax.encoder import (
+  Encoder,
+  Noise,
+  Rows,
+  apart,
+  attend,
+  drop,
+  drop_attention,
+  first,
+  owned,
+  seeds,
+  split_last,
+  unstack,
+  with_dropout,
+)
 
 rng = np.random.default_rng(0)
 ENCODER = Encoder(TINY, jax.random.key(0))
@@ -164,3 +178,33 @@ def test_layers_apart_give_the_same(scan, leads):
     for x, y in zip(run(one), run(other)):
       np.testing.assert_allclose(y, x, atol=2e-6)
   assert not isinstance(student.encoder.layers, nnx.List)  # it is a copy
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-6), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("reading", ["rows", "leads"])
+def test_attention_s_gradient_is_that_of_its_formula(reading, dtype, within, rate):
+  """For any gradient of both outputs, of packed rows and padding, where a row that reads nothing moves nothing."""
+  rng, (n, length, heads, d) = np.random.default_rng(0), (3, 10, 2, 4)
+  segments = jnp.array([[1] * 4 + [2] * 6, [1] * 7 + [0] * 3, [0] * 10])
+  mask = ((segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :])[:, None]
+  mask = mask[:, :, :1] if reading == "leads" else mask
+  count = mask.shape[2]
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  given = draw(n, count, heads, d), draw(n, length, heads, d), draw(n, length, heads, d)
+  texts = jnp.broadcast_to(jnp.arange(n, dtype=jnp.uint32)[:, None], (n, length))
+  places = jnp.broadcast_to(jnp.arange(length), (n, length))
+  noise = Noise(jnp.array([5, 7], jnp.uint32), texts, places) if reading == "rows" else None
+
+  def formula(query, keyed, value):
+    logits = jnp.einsum("nqad,nkad->naqk", query, keyed) * d**-0.5
+    attention = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1)
+    return jnp.einsum("naqk,nkad->nqad", drop_attention(attention, rate, noise), value), attention
+
+  slopes = draw(n, count, heads, d), jnp.asarray(rng.normal(size=(n, heads, count, length)), jnp.float32)
+  found, back = jax.vjp(lambda *x: attend(*x, mask, rate, noise), *given)
+  wide = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+  expected, back_too = jax.vjp(formula, *wide(given))
+  for one, other in zip([*found, *back(slopes)], [*expected, *back_too(wide(slopes))], strict=True):
+    assert np.abs(np.asarray(one.astype(jnp.float32)) - other).max() < within * np.abs(other).max()
+  assert all(x.dtype == jnp.dtype(dtype) for x in back(slopes))

@@ -36,16 +36,16 @@ def test_gelu_of_bfloat16_is_the_exact_one_rounded():
 def test_a_rounded_product_sums_rounded_operands_in_float32_and_so_does_its_gradient(size):
   n, i, o = size
   rng = np.random.default_rng(0)
-  x, w, slope = (rng.normal(size=s).astype(np.float32) for s in ((n, i), (i, o), (n, o)))
+  x, w, slope = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((n, i), (i, o), (n, o)))
   rounded = lambda a: np.asarray(jnp.asarray(a, jnp.bfloat16).astype(jnp.float32), np.float64)
   value, back = jax.vjp(lambda x, w: product(x, w, "bfloat16"), x, w)
-  of_x, of_w = back(jnp.asarray(slope))
+  of_x, of_w = back(slope)
   near = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
   near(value, rounded(x) @ rounded(w))
   near(of_x, rounded(slope) @ rounded(w).T)
   near(of_w, rounded(x).T @ rounded(slope))
   assert value.dtype == of_x.dtype == of_w.dtype == jnp.float32
-  half = jax.vjp(lambda x: product(x, w, "bfloat16"), jnp.asarray(x, jnp.bfloat16))[1](jnp.asarray(slope))[0]
+  half = jax.vjp(lambda x: product(x, w, "bfloat16"), jnp.asarray(x, jnp.bfloat16))[1](slope)[0]
   assert half.dtype == jnp.bfloat16
 
 

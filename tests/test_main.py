@@ -304,29 +304,50 @@ def test_programs_are_compiled_once_for_all_runs(tmp_path):
 
 
 def test_a_process_starts_again_for_huge_pages_where_they_are_given_to_who_asks(tmp_path):
-  """Once, with the same command and everything else as it was; nowhere else, and not against a user's own settings."""
+  """Once, with the same command and a user's own settings; nowhere else, and not for what is done at once."""
   pages = tmp_path / "enabled"
   code = f"""
     import os, sys, pathlib
-    from ernie_jax import __main__ as command
-    print(sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), flush=True)
-    command.PAGES = pathlib.Path({str(pages)!r})
-    sys.exit(command.main())
+    from ernie_jax import __main__ as program
+    print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"), flush=True)
+    if {{gone!r}}:
+      del os.environ["GLIBC_TUNABLES"]
+    program.PAGES = pathlib.Path({str(pages)!r})
+    sys.exit(program.command())
   """
   own = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+  asked = "glibc.malloc.hugetlb=1"
 
-  def printed(kind, *args, **more):
-    if kind is not None:
-      pages.write_text(kind)
-    command = [sys.executable, "-c", textwrap.dedent(code), *args]
-    return subprocess.run(command, env=own | more, capture_output=True, text=True).stdout.splitlines()
+  def settings(kind, *args, gone=False, **more):
+    """What each start of the process finds."""
+    pages.write_text(kind)
+    program = [sys.executable, "-c", textwrap.dedent(code.replace("{gone!r}", repr(gone))), *args]
+    ran = subprocess.run(program, env=own | more, capture_output=True, text=True)
+    assert ran.returncode == (0 if "--help" in args else 2)
+    lines = [line.split(" ", 1) for line in ran.stdout.splitlines() if str(list(args)) in line]
+    assert len({process for process, _ in lines}) == 1
+    return [line.removeprefix(f"{list(args)} ") for _, line in lines]
 
-  verb = ["evaluate", str(tmp_path / "no qrels"), "x"]
-  without, given = f"{verb} None", f"{verb} glibc.malloc.hugetlb=1"
-  assert printed(None, *verb) == [without]
-  assert printed("always [madvise] never", *verb) == [without, given]
-  assert printed("[always] madvise never", *verb) == printed("always madvise [never]", *verb) == [without]
-  assert printed("always [madvise] never", *verb, GLIBC_TUNABLES="glibc.malloc.arena_max=1") == [
-    f"{verb} glibc.malloc.arena_max=1"
-  ]
-  assert len([line for line in printed("always [madvise] never", "--help") if "None" in line]) == 1
+  verb = ["encode", str(tmp_path / "no run"), "--output", str(tmp_path / "out")]
+  assert settings("always [madvise] never", *verb) == ["None", asked]
+  assert settings("[always] madvise never", *verb) == settings("always madvise [never]", *verb) == ["None"]
+  arena = "glibc.malloc.arena_max=1"
+  assert settings("always [madvise] never", *verb, GLIBC_TUNABLES=arena) == [arena, f"{arena}:{asked}"]
+  assert settings("always [madvise] never", *verb, GLIBC_TUNABLES=f"{asked[:-1]}0") == [f"{asked[:-1]}0"]
+  assert settings("always [madvise] never", *verb, gone=True, GLIBC_TUNABLES=arena) == [arena, asked]
+  assert settings("always [madvise] never", "--help") == ["None"]
+
+
+def test_a_program_that_a_killed_process_kept_by_half_is_dropped(tmp_path, monkeypatch):
+  """JAX would keep no other one beside it."""
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for name in [name for name in os.environ if name.startswith("JAX_COMPILATION")]:
+    monkeypatch.delenv(name)
+  place = tmp_path / ".cache" / "ernie_jax" / "compiled"
+  place.mkdir(parents=True)
+  for name in ("whole-cache", "whole-atime", "half-cache", "young-cache"):
+    (place / name).write_bytes(b"")
+  for name in ("whole-cache", "half-cache"):
+    os.utime(place / name, (0, 0))
+  command.keep_compiled()
+  assert {path.name for path in place.iterdir()} == {"whole-cache", "whole-atime", "young-cache"}
