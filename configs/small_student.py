@@ -5,7 +5,7 @@
   ernie-jax export runs/quickstart --to hf --output runs/encoder           (where the cross-encoder's encoder starts)
   ernie-jax ablate configs/small_student.py --output runs/small_student --rows de_only no_teacher uniform_teacher
 
-Measured on 2 CPU cores, two seeds (RESULTS.md): above the uniform teacher; above the dual-encoder's own loss in late
+Measured on 2 CPU cores, three seeds (RESULTS.md): above the uniform teacher; above the dual-encoder's own loss in late
 interaction alone; not above training without a cross-encoder. 36 minutes to the cascade with other work beside it.
 `--model.dtype mixed`, which was used, is for a CPU with products of bfloat16.
 """
