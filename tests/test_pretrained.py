@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -137,7 +138,7 @@ def test_the_head_of_masked_language_modelling_is_taken_over_whole_or_not_at_all
   x = np.maximum(hidden @ head["transform.dense.weight"].T + head["transform.dense.bias"], 0)
   x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + a.epsilon)
   x = x * head["transform.LayerNorm.gamma"] + head["transform.LayerNorm.beta"]
-  found_logits = params["masked"](hidden, params["encoder"])
+  found_logits = params["masked"](jnp.asarray(hidden), params["encoder"])
   np.testing.assert_allclose(found_logits, x @ words.T + head["bias"], rtol=1e-4, atol=1e-5)
   edit(copy, lambda tensors: tensors.pop("cls.predictions.bias"))
   assert pretrained.load(copy, "").masked == {}
