@@ -5,8 +5,9 @@
 The quickstart's lengths, random tokens and weights, no dropout: all-MiniLM-L6-v2's shape, and in the cascade a student
 of three such layers. Ours in each `model.dtype`; PyTorch's (peers.py) in float32 and under autocast to bfloat16;
 sentence-transformers' loss on the dual-encoder alone. Those need `pip install -e .[interop]`. Before anything is timed,
-the first loss and gradient norm must agree. Process time counts all cores. Only a CPU with bfloat16 products
-(`amx_bf16`, `avx512_bf16`) gains from them. Encoding: benchmarks/encode.py.
+the first loss and gradient norm must agree. Process time counts all cores. Only a CPU with products of bfloat16
+(`amx_bf16`, `avx512_bf16`) gains from it. The command line asks for huge pages, this program runs as it is started: try
+it with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` too. Encoding: benchmarks/encode.py.
 """
 
 import argparse
@@ -84,6 +85,9 @@ def main() -> None:
       steps.agree(first, EXACT)
       for _ in range(chosen.turns):
         for one in runners.values():
+          # The second counts: the first pays for memory that the side before it has just given back to the system.
+          one()
+          one.spent.pop()
           one()
     spent = {side: np.median(one.spent[1:], axis=0) for side, one in runners.items()}
     for side, seconds in spent.items():
