@@ -3,7 +3,7 @@
   python benchmarks/encode.py [--dtype mixed]        (needs `pip install -e .[interop]`)
 
 all-MiniLM-L6-v2, mean pooling, theirs in float32, ours in `--dtype`, the passages of docstrings in their own order,
-text to vector: both tokenise and sort by length themselves. Each process encodes the same block in turn, while the
+from text to vector: both tokenise and sort by length themselves. Each process encodes the same block in turn, while the
 other one waits. Seconds of the processor count beside the wall clock's: on shared cores they are the steadier.
 """
 
@@ -47,7 +47,7 @@ def ours(directory: Path, length: int, dtype: Any):
   return encode
 
 
-def theirs(directory: Path, length: int, _: str):
+def theirs(directory: Path, length: int):
   from sentence_transformers import SentenceTransformer, models
 
   body = models.Transformer(str(directory), max_seq_length=length)
@@ -57,7 +57,7 @@ def theirs(directory: Path, length: int, _: str):
 
 def work(side: str, directory: Path, length: int, dtype: Any, count: int, block: int, out: Path) -> None:
   """Encodes a block whenever a line comes in, and says the seconds: wall clock, processor."""
-  encode = {"ours": ours, "theirs": theirs}[side](directory, length, dtype)
+  encode = ours(directory, length, dtype) if side == "ours" else theirs(directory, length)
   texts = passages(count)
   encode(texts[:block])  # compiles, and fills caches
   np.save(out / f"{side}.npy", encode(texts[:256]))

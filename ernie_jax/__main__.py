@@ -118,13 +118,13 @@ def keep_compiled() -> None:
   with contextlib.suppress(OSError, RuntimeError):
     place = Path(Data.cache).expanduser() / "compiled"
     place.mkdir(parents=True, exist_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))  # bytes; then the longest unused ones go
     for program in place.glob("*-cache"):
       # JAX writes the time of its last use after it, and nothing any more where one lacks it: a killed process's.
       used = program.with_name(program.name.removesuffix("-cache") + "-atime")
       if not used.exists() and time.time() - program.stat().st_mtime > 60:
         program.unlink()
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(place)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(4 << 30))  # bytes; then the longest unused ones go
 
 
 def _main(args: Sequence[str] | None) -> int:

@@ -74,8 +74,7 @@ def test_layer_norm_and_its_gradient_are_those_of_float64(middle, within):
 
   with jax.enable_x64(True):
     exact, exact_back = jax.vjp(plain, *(jnp.asarray(a, jnp.float64) for a in (x, scale, bias)))
-    expected = [exact, *exact_back(jnp.asarray(slope, jnp.float64))]
-    expected = [np.asarray(one) for one in expected]
+    expected = [np.asarray(one) for one in (exact, *exact_back(jnp.asarray(slope, jnp.float64)))]
   for one, other in zip([found, *back(jnp.asarray(slope))], expected):
     assert one.dtype == jnp.float32
     assert np.max(np.abs(np.asarray(one) - other)) < within * np.max(np.abs(other))
