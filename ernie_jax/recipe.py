@@ -16,7 +16,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -786,40 +786,50 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
     teacher = np.asarray(losses.corrected(jax.numpy.asarray(alone), jax.numpy.asarray(late), temperature))
   qrels = first_judged(current, len(some))
   measured = lambda scores: evaluate.metrics(current.as_run("dev", *retrieval.reorder(found, scores)), qrels)
-  rng = np.random.default_rng(current.config.seed)
-  draws = [measured(rng.random(found.shape))["MRR@10"] for _ in range(20)]
   scores = {"student": measured(values), "late": measured(late), "teacher": measured(teacher)}
-  student, late_mrr, taught = (scores[name]["MRR@10"] for name in ("student", "late", "teacher"))
   if current.config.cascade.residual:
     scores["alone"] = measured(alone)
-  warning = None
+  rng = np.random.default_rng(current.config.seed)
+  draws = [measured(rng.random(found.shape))["MRR@10"] for _ in range(20)]
+  mrr = {name: of["MRR@10"] for name, of in scores.items()}
   where = f"on {len(some)} dev queries, top {e.teacher_depth}"
-  remedy = "give warmup.steps more, or start from a stronger cross-encoder (model.teacher_start)"
-  if taught < np.mean(draws) + 2 * np.std(draws):
-    warning = (
-      f"the teacher ranks at chance (MRR@10 {taught:.3f} {where}; in random order {np.mean(draws):.3f}): {remedy}"
-    )
-  elif taught < late_mrr and current.config.cascade.on.active & {"kl_ce_li", "kl_attention"}:
-    warning = (
-      f"the teacher ranks worse than the late interaction that it teaches (MRR@10 {taught:.3f} < {late_mrr:.3f}, "
-      f"dual-encoder {student:.3f}, {where}): {remedy}"
-    )
-  elif taught < student:
-    warning = (
-      f"the teacher ranks worse than its student (MRR@10 {taught:.3f} < {student:.3f} {where}): it may hold the "
-      f"student back; {remedy}"
-    )
-  elif "alone" in scores and scores["alone"]["MRR@10"] > taught:
-    warning = (
-      f"the cross-encoder alone ranks better than the teacher that adds late interaction to it (MRR@10 "
-      f"{scores['alone']['MRR@10']:.3f} > {taught:.3f} {where}): set cascade.residual=False"
-    )
+  warning = teacher_warning(mrr, draws, current.config.cascade.on, where)
   if warning:
     say(f"  warning: {warning}")
   else:
-    say(f"  the teacher ranks better than its student: MRR@10 {taught:.3f} against {student:.3f} {where}")
+    gained = f"MRR@10 {mrr['teacher']:.3f} against {mrr['student']:.3f}"
+    say(f"  the teacher ranks better than its student: {gained} {where}")
   chance = float(np.mean(draws))
   return {"depth": e.teacher_depth, "queries": len(some), **scores, "chance": {"MRR@10": chance}, "warning": warning}
+
+
+def teacher_warning(mrr: dict[str, float], draws: Sequence[float], on: Weights, where: str) -> str | None:
+  """What speaks against a teacher of this MRR@10, or None: chance, worse than what it teaches, better left uncorrected.
+
+  `mrr` of `student`, `late`, `teacher`, and of `alone` where the teacher corrects late interaction; `draws`: of random
+  orders.
+  """
+  teacher, late, student = mrr["teacher"], mrr["late"], mrr["student"]
+  alone = mrr.get("alone", teacher)
+  remedy = "give warmup.steps more, or start from a stronger cross-encoder (model.teacher_start)"
+  if teacher < np.mean(draws) + 2 * np.std(draws):
+    return f"the teacher ranks at chance (MRR@10 {teacher:.3f} {where}; in random order {np.mean(draws):.3f}): {remedy}"
+  if teacher < late and on.active & {"kl_ce_li", "kl_attention"}:
+    return (
+      f"the teacher ranks worse than the late interaction that it teaches (MRR@10 {teacher:.3f} < {late:.3f}, "
+      f"dual-encoder {student:.3f}, {where}): {remedy}"
+    )
+  if teacher < student:
+    return (
+      f"the teacher ranks worse than its student (MRR@10 {teacher:.3f} < {student:.3f} {where}): it may hold the "
+      f"student back; {remedy}"
+    )
+  if alone > teacher:
+    return (
+      f"the cross-encoder alone ranks better than the teacher that adds late interaction to it (MRR@10 "
+      f"{alone:.3f} > {teacher:.3f} {where}): set cascade.residual=False"
+    )
+  return None
 
 
 def encode(current: Run, params: Params, place: Path) -> dict[str, Any]:

@@ -177,6 +177,27 @@ def test_the_cascade_trains_on_what_the_cross_encoder_left_and_mines_again(whole
   assert again[0].read_bytes() != again[1].read_bytes()
 
 
+PAPER, DUAL = config.Weights(), config.Weights.only(nll_de=1, kl_ce_de=1, nll_ce=1)
+
+
+@pytest.mark.parametrize(
+  ("ranked", "weights", "says"),
+  [
+    ({"student": 0.5, "late": 0.6, "teacher": 0.7}, PAPER, None),
+    ({"student": 0.5, "late": 0.6, "teacher": 0.14}, PAPER, "at chance (MRR@10 0.140 "),
+    ({"student": 0.1, "late": 0.1, "teacher": 0.14}, PAPER, "at chance"),
+    ({"student": 0.5, "late": 0.6, "teacher": 0.55}, PAPER, "late interaction that it teaches (MRR@10 0.550 < 0.600"),
+    ({"student": 0.5, "late": 0.6, "teacher": 0.55}, DUAL, None),
+    ({"student": 0.5, "late": 0.6, "teacher": 0.45}, DUAL, "worse than its student (MRR@10 0.450 < 0.500"),
+    ({"student": 0.5, "late": 0.6, "teacher": 0.65, "alone": 0.7}, PAPER, "set cascade.residual=False"),
+    ({"student": 0.5, "late": 0.6, "teacher": 0.7, "alone": 0.65}, PAPER, None),
+  ],
+)
+def test_a_poor_teacher_is_named(ranked, weights, says):
+  warning = recipe.teacher_warning(ranked, [0.12, 0.14], weights, "here")
+  assert warning is None if says is None else says in warning
+
+
 @pytest.mark.parametrize(
   ("use", "expected"),
   [("mined", [[4, 0], []]), ("given", [[1, 0, 3], [2]]), ("both", [[4, 0, 1, 3], [2]])],
