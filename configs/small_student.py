@@ -17,7 +17,10 @@ import quickstart
 from ernie_jax.config import Data, Evaluate, Optimizer, Temperatures, Train, Weights
 
 settings = quickstart.config
+# At `calibrated`, each ranker's probabilities over hard lists are as sure as they are right, on dev; over the easy
+# negatives of a batch, `temperature` does that.
 temperature = Temperatures(dual=0.02, late=0.25, cross=1.0, attention=0.1)
+calibrated = Temperatures(dual=0.03, late=0.6, cross=1.4, attention=0.1)
 
 config = dataclasses.replace(
   settings,
@@ -30,19 +33,21 @@ config = dataclasses.replace(
   ),
   model=dataclasses.replace(settings.model, start_layers=(0, 1, 2), teacher_start="runs/encoder"),
   interaction=dataclasses.replace(
-    settings.interaction, steps=330, temperature=temperature, optimizer=Optimizer(learning_rate=4e-4)
+    settings.interaction, steps=160, temperature=temperature, optimizer=Optimizer(learning_rate=4e-4)
   ),
   warmup=Train(
-    steps=400, batch=16, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-4)
+    steps=800, batch=16, negatives=3, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-4)
   ),
   cascade=dataclasses.replace(
     settings.cascade,
-    steps=40,
+    steps=100,
     batch=16,
     negatives=7,
     hardest=10,
-    weights=Weights(dualreg_query=0, dualreg_passage=0, kl_ce_de=2, kl_attention=0.05),
-    temperature=temperature,
+    weights=Weights(
+      dualreg_query=0, dualreg_passage=0, nll_li=0.4, kl_ce_li=0.6, kl_li_de=0.3, kl_ce_de=3, kl_attention=0.01
+    ),
+    temperature=calibrated,
     late_pool="global",
     optimizer=Optimizer(learning_rate=7e-5, teacher_learning_rate=2e-5),
   ),

@@ -263,6 +263,38 @@ def _differences(a: dict[str, float], b: dict[str, float]) -> np.ndarray:
   return np.array([a[qid] - b[qid] for qid in a])
 
 
+def surprise(scores: np.ndarray, temperature: float) -> float:
+  """Mean of -log p(column 0), p = softmax(scores / temperature); -inf where there is no candidate."""
+  import scipy.special
+
+  scaled = scores / temperature
+  return float(np.mean(scipy.special.logsumexp(scaled, axis=1) - scaled[:, 0]))
+
+
+def calibrated(scores: np.ndarray) -> float:
+  """The temperature at which softmax(scores / temperature) is as sure as it is right (Guo et al. 2017, section 4.2).
+
+  `scores` [Q, K] hold the positive at column 0, and -inf where there is no candidate. The temperature is the one of
+  least `surprise`, between a millionth and a million times the largest difference to a positive: the former where
+  no candidate scores above it, the latter where scores tell nothing.
+  """
+  import scipy.optimize
+  import scipy.special
+
+  there = scores != -np.inf
+  differences = np.where(there, scores - scores[:, :1], 0)  # to the positive
+
+  def slope(rate: float) -> float:  # of the surprise in 1 / temperature, which it rises with
+    p = scipy.special.softmax(np.where(there, differences * math.exp(rate), -np.inf), axis=1)
+    return float((p * differences).sum(1).mean())
+
+  scale = math.log(np.abs(differences).max() or 1)
+  low, high = -scale - math.log(1e6), -scale + math.log(1e6)
+  if slope(low) >= 0:
+    return math.exp(-low)
+  return math.exp(-high if slope(high) <= 0 else -scipy.optimize.brentq(slope, low, high))
+
+
 def table(results: dict[str, dict[str, float]]) -> str:
   """An aligned text table: a row per system, a column per measure, three decimals, `-` for none."""
   rows = list(dict.fromkeys([name for name in SYSTEMS if name in results] + list(results)))

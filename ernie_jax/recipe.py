@@ -793,14 +793,64 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   draws = [measured(rng.random(found.shape))["MRR@10"] for _ in range(20)]
   mrr = {name: of["MRR@10"] for name, of in scores.items()}
   where = f"on {len(some)} dev queries, top {e.teacher_depth}"
-  warning = teacher_warning(mrr, draws, current.config.cascade.on, where)
+  cascade = current.config.cascade
+  warning = teacher_warning(mrr, draws, cascade.on, where)
+  rows = dev_lists(current, found, cascade.negatives)
+  heat = temperatures({"dual": values, "late": late, "cross": alone}, *rows, cascade) if rows[1].size else {}
+  for name, of in heat.items():
+    say(f"  temperature.{name}={of['used']:g}; calibrated on dev: {of['calibrated']:.3g}")
+  surer = surer_than_right(heat, cascade, rows[1].shape[1])
+  warning = "; ".join(filter(None, [warning, *surer])) or None
   if warning:
     say(f"  warning: {warning}")
   else:
     gained = f"MRR@10 {mrr['teacher']:.3f} against {mrr['student']:.3f}"
     say(f"  the teacher ranks better than its student: {gained} {where}")
   chance = float(np.mean(draws))
-  return {"depth": e.teacher_depth, "queries": len(some), **scores, "chance": {"MRR@10": chance}, "warning": warning}
+  result = {"depth": e.teacher_depth, "queries": len(some), **scores, "chance": {"MRR@10": chance}}
+  return {**result, "temperatures": heat, "warning": warning}
+
+
+def dev_lists(current: Run, found: np.ndarray, negatives: int) -> tuple[np.ndarray, np.ndarray]:
+  """Lists as the cascade has them, from the best passages `found` [Q, k] of the first dev queries.
+
+  The queries [N] that have a positive among them, and columns of `found` [N, K]: the best positive, the best negatives.
+  """
+  positives, identity = current.data.queries["dev"].positives, current.identity
+  negatives = min(negatives, found.shape[1] - 1)
+  queries, columns = [], []
+  for query, row in enumerate(found):
+    right = np.isin(identity[row], identity[positives[query]])
+    wrong = np.flatnonzero(~right)[:negatives]
+    if right.any() and len(wrong) == negatives:
+      queries.append(query)
+      columns.append([right.argmax(), *wrong])
+  return np.array(queries, int), np.reshape(np.array(columns, int), (len(queries), 1 + negatives))
+
+
+def temperatures(
+  scored: dict[str, np.ndarray], queries: np.ndarray, columns: np.ndarray, train: config.Train
+) -> dict[str, dict[str, float]]:
+  """Of each ranker: the temperature in use, the calibrated one, and what -log p of the positive is with either."""
+  result = {}
+  for name, every in scored.items():
+    lists = every[queries[:, None], columns].astype(np.float64)
+    used, best = getattr(train.temperature, name), evaluate.calibrated(lists)
+    result[name] = {"used": used, "calibrated": best}
+    result[name] |= {"loss": evaluate.surprise(lists, used), "calibrated_loss": evaluate.surprise(lists, best)}
+  return result
+
+
+def surer_than_right(heat: dict[str, dict[str, float]], train: config.Train, size: int) -> list[str]:
+  """A warning for each ranker that teaches and whose probabilities are worse than all alike would be, log K."""
+  teaches = {"late": {"kl_li_de"}, "cross": set() if train.residual else {"kl_ce_li", "kl_ce_de"}}
+  return [
+    f"temperature.{name}={of['used']:g} makes the {'cross-encoder' if name == 'cross' else 'late interaction'} that "
+    f"teaches surer than it is right (-log p of the positive {of['loss']:.2f} in dev lists of {size}; all alike "
+    f"{np.log(size):.2f}; its best is {of['calibrated_loss']:.2f} at {of['calibrated']:.2g}): raise it"
+    for name, of in heat.items()
+    if train.on.active & teaches.get(name, set()) and of["loss"] > np.log(size)
+  ]
 
 
 def teacher_warning(mrr: dict[str, float], draws: Sequence[float], on: Weights, where: str) -> str | None:

@@ -465,3 +465,26 @@ def test_a_mistake_is_one_line_and_writes_nothing(args, says, files, tmp_path, c
   assert says in printed.err
   assert printed.err.count("\n") == 1
   assert sorted(os.listdir()) == before
+
+
+def test_calibration_in_closed_form():
+  """Two candidates a margin m apart, the positive above in a share f: least where 1 / (1 + exp(-m / t)) = f."""
+  right, wrong = np.array([[5.0, 2.0]]), np.array([[1.0, 4.0]])
+  scores = np.concatenate([right] * 3 + [wrong])
+  assert evaluate.calibrated(scores) == pytest.approx(3 / np.log(3), rel=1e-9)
+  assert evaluate.surprise(scores, 3 / np.log(3)) == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
+  more = np.concatenate([scores, np.full((4, 1), -np.inf)], axis=1)  # no candidate
+  assert evaluate.calibrated(more) == pytest.approx(3 / np.log(3), rel=1e-9)
+  assert evaluate.surprise(more, 2.0) == pytest.approx(evaluate.surprise(scores, 2.0))
+  assert evaluate.calibrated(right) == pytest.approx(3e-6)  # never wrong
+  assert evaluate.calibrated(wrong) == pytest.approx(3e6)  # never right
+  assert np.isfinite(evaluate.calibrated(np.ones((2, 3))))
+
+
+def test_the_calibrated_temperature_is_the_best_and_follows_the_scores_scale():
+  rng = np.random.default_rng(0)
+  scores = rng.normal(size=(500, 8)) + np.array([1.0] + [0.0] * 7)
+  best = evaluate.calibrated(scores)
+  assert all(evaluate.surprise(scores, best) <= evaluate.surprise(scores, best * x) for x in (0.5, 0.99, 1.01, 2))
+  assert evaluate.surprise(scores, best) < np.log(8)
+  assert evaluate.calibrated(20 * scores + 7) == pytest.approx(20 * best, rel=1e-6)
