@@ -7,7 +7,6 @@ dropout. They are pytrees, used under plain `jax.jit`, `jax.grad` and `jax.lax.s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ import numpy as np
 from flax import nnx, struct
 
 from ernie_jax import config
-from ernie_jax.kernels import LayerNorm, Linear, gelu
+from ernie_jax.kernels import LayerNorm, Linear, feed_forward
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
@@ -226,14 +225,8 @@ class Layer(nnx.Module):
     query = heads(self.query(x))
     mixed, attention = attend(query, keyed, value, mask, a.attention_dropout, noises[0])
     x = self.attention_norm(x + drop(self.output(mixed.reshape(x.shape)), a.dropout, noises[1])).astype(x.dtype)
-    inner = self.down(activation(a)(self.up(x)))
+    inner = feed_forward(x, self.up, self.down, a.activation)
     return self.output_norm(x + drop(inner, a.dropout, noises[2])).astype(x.dtype), attention
-
-
-def activation(a: config.Architecture) -> Callable[[jax.Array], jax.Array]:
-  """The one of feed-forward networks."""
-  known: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": gelu, "relu": jax.nn.relu}
-  return known[a.activation]
 
 
 def norm(a: config.Architecture, rngs: nnx.Rngs) -> LayerNorm:

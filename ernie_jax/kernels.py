@@ -7,6 +7,7 @@ used by XLA for a float32 result alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,23 @@ if TYPE_CHECKING:
   from jaxtyping import Array, Float
 
 
-def product(x: Float[Array, "n i"], w: Float[Array, "i o"], dtype: str = "float32") -> Float[Array, "n o"]:
-  """x w, summed in float32, of operands in `dtype`; its gradient likewise, in the dtypes of `x` and `w`."""
-  return x @ w if dtype == "float32" else _rounded(dtype, x, w)
+def affine(
+  x: Float[Array, "*n i"], w: Float[Array, "i o"], bias: Float[Array, "o"] | None, dtype: str = "float32"
+) -> Float[Array, "*n o"]:
+  """x w + bias, summed in float32 or wider, of operands in `dtype`; the result has the dtype of `x`.
+
+  So does its gradient: both operands are rounded, and its dtypes are those of what it belongs to.
+  """
+  return _affine(dtype, x, w, bias)
+
+
+def _rounded(dtype, *operands):
+  return operands if dtype == "float32" else tuple(x.astype(dtype) for x in operands)
 
 
 def _summed(spec, dtype, x, y):
-  return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
+  wide = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
+  return jnp.einsum(spec, *_rounded(dtype, x, y), preferred_element_type=wide)
 
 
 @jax.jit  # outside of a compiled program only a whole array on a device can be asked for a layout
@@ -35,34 +46,63 @@ def _turned(x):
   return with_layout_constraint(x.T, Layout((0, 1)))
 
 
+def _of_weight(dtype, x, slope):
+  """[i, o], summed over everything before."""
+  letters = "abcdefgh"[: x.ndim - 1]
+  whole = partial(_summed, f"{letters}i,{letters}o->io", dtype)
+  if dtype == "float32":
+    return whole(x, slope)
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  rows = lambda x, slope: _summed("in,no->io", dtype, _turned(flat(x)), flat(slope))
+  return jax.lax.platform_dependent(x, slope, cpu=rows, default=whole)
+
+
+def _of_bias(dtype, slope):
+  """[o], summed over everything before; on a TPU by its matrix unit, which reads `slope` four times as fast.
+
+  The compiler would make a sum of a product with ones that it sees.
+  """
+  total = lambda slope: _wide(slope).sum(tuple(range(slope.ndim - 1)))
+  if dtype == "float32":
+    return total(slope)
+  ones = lambda shape: jax.lax.optimization_barrier(jnp.ones((8, *shape), dtype))
+  letters = "abcdefgh"[: slope.ndim - 1]
+  product = lambda slope: _summed(f"z{letters},{letters}o->zo", dtype, ones(slope.shape[:-1]), slope)[0]
+  return jax.lax.platform_dependent(slope, tpu=product, default=total)
+
+
+def _like(*operands):
+  """Nothing but their dtypes, kept for a gradient."""
+  return tuple(jnp.zeros((0,), x.dtype) for x in operands)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rounded(dtype, x, w):
-  return _summed("ni,io->no", dtype, x, w)
+def _affine(dtype, x, w, bias):
+  y = _summed("...i,io->...o", dtype, x, w)
+  return (y if bias is None else y + bias).astype(x.dtype)
 
 
-def _forward(dtype, x, w):
-  kept = x.astype(dtype), w.astype(dtype)  # half the memory
-  return _rounded(dtype, *kept), (*kept, jnp.zeros((0,), x.dtype), jnp.zeros((0,), w.dtype))
+def _affine_forward(dtype, x, w, bias):
+  kept = _rounded(dtype, x, w)  # half the memory
+  return _affine(dtype, x, w, bias), (*kept, _like(x, w), None if bias is None else _like(bias))
 
 
-def _backward(dtype, kept, slope):
-  x, w, like_x, like_w = kept
-  of_x = _summed("no,io->ni", dtype, slope, w)
-  rows = lambda x, slope: _summed("in,no->io", dtype, _turned(x), slope)
-  of_w = jax.lax.platform_dependent(x, slope, cpu=rows, default=partial(_summed, "ni,no->io", dtype))
-  return of_x.astype(like_x.dtype), of_w.astype(like_w.dtype)
+def _affine_backward(dtype, kept, slope):
+  x, w, (like_x, like_w), like_bias = kept
+  of_x = _summed("...o,io->...i", dtype, slope, w).astype(like_x.dtype)
+  of_bias = None if like_bias is None else _of_bias(dtype, slope).astype(like_bias[0].dtype)
+  return of_x, _of_weight(dtype, x, slope).astype(like_w.dtype), of_bias
 
 
-_rounded.defvjp(_forward, _backward)
+_affine.defvjp(_affine_forward, _affine_backward)
 
 
 class Linear(nnx.Linear):
   """x W + b, of operands in `dtype` (None: float32); the result has the dtype of the input."""
 
   def __call__(self, inputs: Float[Array, "*n i"], out_sharding: None = None) -> Float[Array, "*n o"]:
-    dtype, kernel = jnp.dtype(self.dtype or "float32").name, self.kernel[...]
-    y = product(inputs.reshape(-1, kernel.shape[0]), kernel, dtype).reshape(*inputs.shape[:-1], kernel.shape[1])
-    return (y if self.bias is None else y + self.bias[...]).astype(inputs.dtype)
+    bias = None if self.bias is None else self.bias[...]
+    return affine(inputs, self.kernel[...], bias, jnp.dtype(self.dtype or "float32").name)
 
 
 # Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: erfc(z) = t (a1 + t (a2 + ...)) exp(-z^2) with
@@ -104,6 +144,67 @@ def _gelu_backward(x, slope):
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def relu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
+  """max(x, 0)."""
+  return jnp.maximum(x, 0)
+
+
+def _gelu_and_slope(x):
+  below, density = _normal(x)
+  return x * below, below + x * density
+
+
+def _relu_and_slope(x):
+  return relu(x), (x > 0).astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": gelu, "relu": relu}
+_WITH_SLOPE = {"gelu": _gelu_and_slope, "relu": _relu_and_slope}
+
+
+def feed_forward(x: Float[Array, "*n h"], up: Linear, down: Linear, activation: str) -> Float[Array, "*n h"]:
+  """down(activation(up(x))) (Vaswani et al. 2017, section 3.3), in the dtype of `x`.
+
+  Between the products it is in float32 or wider. For the gradient the activation's value and slope are kept in the
+  products' dtype, so that the way back takes one multiplication, in the product before it, and no exponential.
+  """
+  assert up.bias is not None
+  assert down.bias is not None
+  dtype = jnp.dtype(up.dtype or "float32").name
+  return _feed(dtype, activation, x, up.kernel[...], up.bias[...], down.kernel[...], down.bias[...])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _feed(dtype, activation, x, up, up_bias, down, down_bias):
+  inner = ACTIVATIONS[activation](_summed("...i,io->...o", dtype, x, up) + up_bias)
+  return (_summed("...i,io->...o", dtype, inner, down) + down_bias).astype(x.dtype)
+
+
+def _feed_forward(dtype, activation, x, up, up_bias, down, down_bias):
+  like, (kept, up, down) = _like(x, up, up_bias, down, down_bias), _rounded(dtype, x, up, down)
+  inner, slope = _rounded(dtype, *_WITH_SLOPE[activation](_summed("...i,io->...o", dtype, kept, up) + up_bias))
+  out = (_summed("...i,io->...o", dtype, inner, down) + down_bias).astype(x.dtype)
+  slope = jax.lax.optimization_barrier(slope)  # else the compiler makes it again from what comes before it
+  return out, (kept, inner, slope, up, down, like)
+
+
+def _feed_backward(dtype, activation, held, slope_out):
+  x, inner, slope, up, down, like = held
+  of_inner = _summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
+  (of_inner,) = jax.lax.optimization_barrier(_rounded(dtype, of_inner))  # in the product's loop, not in its readers'
+  found = (
+    _summed("...o,io->...i", dtype, of_inner, up),
+    _of_weight(dtype, x, of_inner),
+    _of_bias(dtype, of_inner),
+    _of_weight(dtype, inner, slope_out),
+    _of_bias(dtype, slope_out),
+  )
+  return tuple(one.astype(its.dtype) for one, its in zip(found, like))
+
+
+_feed.defvjp(_feed_forward, _feed_backward)
 
 
 def layer_norm(

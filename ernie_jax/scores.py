@@ -20,7 +20,6 @@ from ernie_jax.encoder import (
   Encoder,
   Noise,
   Rows,
-  activation,
   by_text,
   drop,
   first,
@@ -31,6 +30,7 @@ from ernie_jax.encoder import (
   twice,
   with_dropout,
 )
+from ernie_jax.kernels import ACTIVATIONS
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Bool, Float, Int, Key, UInt32
@@ -123,7 +123,7 @@ class Masked(nnx.Module):
 
   def __call__(self, hidden: Float[Array, "b m h"], encoder: Encoder) -> Float[Array, "b m v"]:
     """Logits of every word of the vocabulary, float32; the products with them in the encoder's dtype."""
-    x = self.norm(activation(encoder.architecture)(self.dense(hidden.astype(jnp.float32))))
+    x = self.norm(ACTIVATIONS[encoder.architecture.activation](self.dense(hidden.astype(jnp.float32))))
     words = encoder.word.embedding[...].astype(encoder.dtype)
     logits = jnp.einsum("bmh,vh->bmv", x.astype(encoder.dtype), words, preferred_element_type=jnp.float32)
     return logits + self.bias[...]

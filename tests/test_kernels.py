@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import erfc
 
-from ernie_jax.kernels import LayerNorm, Linear, gelu, layer_norm, product
+from ernie_jax.kernels import LayerNorm, Linear, affine, feed_forward, gelu, layer_norm
 
 POINTS = np.concatenate([np.linspace(-14, 14, 400_001), [0.0, -0.0, 1e-30, -1e-30, 60.0, -60.0, 1e4, -1e4]])
 
@@ -36,17 +36,87 @@ def test_gelu_of_bfloat16_is_the_exact_one_rounded():
 def test_a_rounded_product_sums_rounded_operands_in_float32_and_so_does_its_gradient(size):
   n, i, o = size
   rng = np.random.default_rng(0)
-  x, w, slope = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((n, i), (i, o), (n, o)))
-  rounded = lambda a: np.asarray(jnp.asarray(a, jnp.bfloat16).astype(jnp.float32), np.float64)
-  value, back = jax.vjp(lambda x, w: product(x, w, "bfloat16"), x, w)
-  of_x, of_w = back(slope)
+  x, w, bias, slope = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((n, i), (i, o), (o,), (n, o)))
+  value, back = jax.vjp(lambda *given: affine(*given, "bfloat16"), x, w, bias)
+  of_x, of_w, of_bias = back(slope)
   near = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-  near(value, rounded(x) @ rounded(w))
+  near(value, rounded(x) @ rounded(w) + np.asarray(bias, np.float64))
   near(of_x, rounded(slope) @ rounded(w).T)
   near(of_w, rounded(x).T @ rounded(slope))
-  assert value.dtype == of_x.dtype == of_w.dtype == jnp.float32
-  half = jax.vjp(lambda x: product(x, w, "bfloat16"), jnp.asarray(x, jnp.bfloat16))[1](slope)[0]
-  assert half.dtype == jnp.bfloat16
+  near(of_bias, np.asarray(slope, np.float64).sum(0))
+  assert value.dtype == of_x.dtype == of_w.dtype == of_bias.dtype == jnp.float32
+  batched = jax.vjp(lambda *given: affine(*given, "bfloat16"), x.reshape(1, n, i), w, bias)
+  for one, other in zip((batched[0], *batched[1](slope.reshape(1, n, o))), (value, of_x, of_w, of_bias)):
+    near(one.reshape(other.shape), other)
+  half, back = jax.vjp(lambda x: affine(x, w, None, "bfloat16"), jnp.asarray(x, jnp.bfloat16))
+  assert half.dtype == back(slope.astype(jnp.bfloat16))[0].dtype == jnp.bfloat16
+
+
+def rounded(a):
+  """As bfloat16 has it, in float64."""
+  return np.asarray(jnp.asarray(a, jnp.bfloat16).astype(jnp.float32), np.float64)
+
+
+def layers(dtype=None):
+  from flax import nnx
+
+  up, down = Linear(16, 64, dtype=dtype, rngs=nnx.Rngs(0)), Linear(64, 16, dtype=dtype, rngs=nnx.Rngs(1))
+  rng = np.random.default_rng(0)
+  up.bias, down.bias = (nnx.Param(jnp.asarray(rng.normal(size=n), jnp.float32)) for n in (64, 16))
+  up.kernel[...], down.kernel[...] = 4 * up.kernel[...], 4 * down.kernel[...]
+  return up, down, jnp.asarray(rng.normal(size=(5, 3, 16)), jnp.float32)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_the_feed_forward_network_and_its_gradient_are_those_of_float64(activation):
+  from scipy.special import erf
+
+  up, down, x = layers()
+  value, back = jax.vjp(lambda x, up, down: feed_forward(x, up, down, activation), x, up, down)
+  slope = np.random.default_rng(1).normal(size=value.shape)
+  of_x, of_up, of_down = back(jnp.asarray(slope, jnp.float32))
+  wide = lambda a: np.asarray(a, np.float64)
+  flat = wide(x).reshape(-1, 16)
+  before = flat @ wide(up.kernel[...]) + wide(up.bias[...])
+  if activation == "gelu":
+    below = (1 + erf(before / np.sqrt(2))) / 2
+    inner, rate = before * below, below + before * np.exp(-(before**2) / 2) / np.sqrt(2 * np.pi)
+  else:
+    inner, rate = np.maximum(before, 0), before > 0
+  outer = slope.reshape(-1, 16)
+  of_before = outer @ wide(down.kernel[...]).T * rate
+  near = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+  near(value.reshape(-1, 16), inner @ wide(down.kernel[...]) + wide(down.bias[...]))
+  near(of_x.reshape(-1, 16), of_before @ wide(up.kernel[...]).T)
+  near(of_up.kernel[...], flat.T @ of_before)
+  near(of_up.bias[...], of_before.sum(0))
+  near(of_down.kernel[...], inner.T @ outer)
+  near(of_down.bias[...], outer.sum(0))
+
+
+@pytest.mark.parametrize("stream", [jnp.float32, jnp.bfloat16])
+def test_a_rounded_feed_forward_network_keeps_value_and_slope_rounded(stream):
+  """What is between the products is rounded once: to what the second one reads, and to what the gradient reads."""
+  up, down, x = layers(jnp.bfloat16)
+  x = x.astype(stream)
+  value, back = jax.vjp(lambda x, up, down: feed_forward(x, up, down, "gelu"), x, up, down)
+  slope = jnp.asarray(np.random.default_rng(1).normal(size=value.shape), stream)
+  of_x, of_up, of_down = back(slope)
+  assert value.dtype == of_x.dtype == stream
+  flat, outer, w, v = (rounded(a).reshape(-1, a.shape[-1]) for a in (x, slope, up.kernel[...], down.kernel[...]))
+  before = jnp.asarray(flat @ w + np.asarray(up.bias[...]), jnp.float32)
+  inner, rate = rounded(gelu(before)), rounded(jax.vmap(jax.vmap(jax.grad(gelu)))(before))
+  # A value on the edge between two of bfloat16's may fall to either side.
+  near = lambda found, expected: np.testing.assert_allclose(
+    np.asarray(found, np.float64), expected, rtol=2**-7, atol=0.05
+  )
+  near(value.reshape(-1, 16), inner @ v + np.asarray(down.bias[...]))
+  of_before = rounded(outer @ v.T * rate)
+  near(of_x.reshape(-1, 16), of_before @ w.T)
+  near(of_up.kernel[...], flat.T @ of_before)
+  near(of_up.bias[...], of_before.sum(0))
+  near(of_down.kernel[...], inner.T @ outer)
+  assert of_up.kernel[...].dtype == of_up.bias[...].dtype == jnp.float32
 
 
 def test_a_linear_layer_gives_what_it_got():
