@@ -5,8 +5,8 @@
 Reads what `ernie-jax ablate` left in the folder (or makes it). Gradients of the student are taken over batches of
 training lists, without dropout, all at the configuration's temperatures. "norm" is that of their mean, "of a batch"
 the mean of theirs: the nearer their ratio is to 1, the steadier the term. A slope is how fast -log p of the dev
-lists' positives, by the dual-encoder and by late interaction, falls along the mean gradient made 1 long; behind it its
-standard error over batches of dev lists. Dev lists are drawn as training lists are, from the student's best 30.
+lists' positives, by the dual-encoder and by late interaction, falls against the mean gradient made 1 long; behind it
+its standard error over batches of dev lists. Dev lists are drawn as training lists are, from the student's best 30.
 """
 
 import argparse
@@ -30,11 +30,12 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("config")
 parser.add_argument("ablation", type=Path)
 parser.add_argument("--batches", type=int, default=12, help="of training lists, and as many of dev lists")
-parser.add_argument("--dtype", default="float32")
+parser.add_argument("--dtype", help="model.dtype, as the ablation had it; default: the configuration's")
 chosen = parser.parse_args()
 sys.path.insert(0, str(Path(chosen.config).parent))
 full = runpy.run_path(chosen.config)["config"]
-full = dataclasses.replace(full, model=dataclasses.replace(full.model, dtype=chosen.dtype))
+full = dataclasses.replace(full, model=dataclasses.replace(full.model, dtype=chosen.dtype or full.model.dtype))
+full = dataclasses.replace(full, cascade=dataclasses.replace(full.cascade, residual=False))
 
 
 def begun() -> tuple[recipe.Run, recipe.Begun]:
@@ -44,8 +45,8 @@ def begun() -> tuple[recipe.Run, recipe.Begun]:
   place = recipe.folder(chosen.ablation / "directions")
   for stage in ablate.stages(full):
     home = recipe.folder(base.directory / f"{stage}-{ablate.digest(full, stage)}")
-    if not (place / stage).is_symlink():
-      (place / stage).symlink_to(os.path.relpath(home, place))
+    (place / stage).unlink(missing_ok=True)  # it may be of another configuration
+    (place / stage).symlink_to(os.path.relpath(home, place))
   current = dataclasses.replace(base, directory=place)
   return current, recipe.before_cascade(current)
 
@@ -57,7 +58,7 @@ def lists(current: recipe.Run, split: str, negatives: columns.Ragged, seed: int)
     current.queries[split], current.passages, current.identity, positives, negatives, current.tokenizer
   )
   stage = full.cascade
-  drawn = batches.batches(texts, full.data, stage, seed, batches.layout(full.data, stage, 1, texts))
+  drawn = batches.batches(texts, full.data, stage, seed, batches.layout(full.data, stage, jax.device_count(), texts))
   return [mesh.shard(next(drawn), mesh.make()) for _ in range(chosen.batches)]
 
 
@@ -76,8 +77,9 @@ def gradients(params: scores.Params, term: str, drawn: list[scores.Batch]) -> np
 
 with jax.set_mesh(mesh.make()):
   current, start = begun()
-  encoded = [current.encode(start.params, x, "texts", late=False) for x in (current.queries["dev"], current.passages)]
-  _, found = topk.top_k(encoded[0].vectors, encoded[1].vectors, MINED)
+  asked = current.encode(start.params, current.queries["dev"], "dev queries", late=False)
+  passages = current.encode(start.params, current.passages, "passages", late=False)
+  _, found = topk.top_k(asked.vectors, passages.vectors, MINED)
   training = lists(current, "train", start.negatives, seed=5)
   dev = lists(current, "dev", columns.ragged(found.tolist()), seed=6)
   params = mesh.whole(jax.tree.map(np.array, start.params), mesh.make())
@@ -94,5 +96,5 @@ with jax.set_mesh(mesh.make()):
     first = mean if first is None else first
     slopes = [gradient @ mean for gradient in measured.values()]
     cells = [f"{norm:.2f}", f"{np.linalg.norm(every, axis=1).mean():.2f}", f"{first @ mean:.2f}"]
-    cells += [f"{s.mean():.2f} ± {s.std() / len(s) ** 0.5:.2f}" for s in slopes]
+    cells += [f"{s.mean():.2f} ± {s.std(ddof=1) / len(s) ** 0.5:.2f}" for s in slopes]
     print(f"| {' | '.join([term, *cells])} |", flush=True)

@@ -260,8 +260,9 @@ def digest(c: Config, name: str) -> str:
   else:
     for later in SECTIONS[SECTIONS.index(SERVES.get(name, name)) + 1 :]:
       read.pop(later, None)
-  if name == "check" and c.cascade.residual:  # it judges the score that the cascade teaches
-    read["cascade"] = {"residual": True, "temperature": dataclasses.asdict(c.cascade.temperature)}
+  if name == "check":  # it judges the score that the cascade teaches, and its temperatures, in lists like its own
+    cascade = dataclasses.asdict(c.cascade)
+    read["cascade"] = {field: cascade[field] for field in ("residual", "temperature", "negatives", "hardest")}
   if "mine" in read:  # these are read later
     del read["mine"]["refresh"]
     if name != "denoise":

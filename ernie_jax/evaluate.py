@@ -264,35 +264,32 @@ def _differences(a: dict[str, float], b: dict[str, float]) -> np.ndarray:
 
 
 def surprise(scores: np.ndarray, temperature: float) -> float:
-  """Mean of -log p(column 0), p = softmax(scores / temperature); -inf where there is no candidate."""
+  """Mean of -log p(column 0), p = softmax(scores / temperature), over rows [Q, K]."""
   import scipy.special
 
   scaled = scores / temperature
   return float(np.mean(scipy.special.logsumexp(scaled, axis=1) - scaled[:, 0]))
 
 
-def calibrated(scores: np.ndarray) -> float:
+def calibrated(scores: np.ndarray) -> float | None:
   """The temperature at which softmax(scores / temperature) is as sure as it is right (Guo et al. 2017, section 4.2).
 
-  `scores` [Q, K] hold the positive at column 0, and -inf where there is no candidate. The temperature is the one of
-  least `surprise`, between a millionth and a million times the largest difference to a positive: the former where
-  no candidate scores above it, the latter where scores tell nothing.
+  `scores` [Q, K] hold the positive at column 0. The temperature is the one of least `surprise`; None where there is
+  none: no candidate scores above its positive, scores tell nothing of it, or some are not finite.
   """
   import scipy.optimize
   import scipy.special
 
-  there = scores != -np.inf
-  differences = np.where(there, scores - scores[:, :1], 0)  # to the positive
+  differences = scores - scores[:, :1]
 
   def slope(rate: float) -> float:  # of the surprise in 1 / temperature, which it rises with
-    p = scipy.special.softmax(np.where(there, differences * math.exp(rate), -np.inf), axis=1)
-    return float((p * differences).sum(1).mean())
+    return float((scipy.special.softmax(differences * math.exp(rate), axis=1) * differences).sum(1).mean())
 
-  scale = math.log(np.abs(differences).max() or 1)
-  low, high = -scale - math.log(1e6), -scale + math.log(1e6)
-  if slope(low) >= 0:
-    return math.exp(-low)
-  return math.exp(-high if slope(high) <= 0 else -scipy.optimize.brentq(slope, low, high))
+  if not np.isfinite(differences).all() or not differences.any():
+    return None
+  middle = -math.log(np.abs(differences).max())
+  low, high = middle - 14, middle + 14  # a millionth and a million of it
+  return None if slope(low) >= 0 or slope(high) <= 0 else math.exp(-scipy.optimize.brentq(slope, low, high))
 
 
 def table(results: dict[str, dict[str, float]]) -> str:

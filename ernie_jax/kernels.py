@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def affine(
   x: Float[Array, "*n i"], w: Float[Array, "i o"], bias: Float[Array, "o"] | None, dtype: str = "float32"
 ) -> Float[Array, "*n o"]:
-  """x w + bias, summed in float32 or wider, of operands in `dtype`; the result has the dtype of `x`.
+  """x w + bias, of operands rounded to `dtype` and summed in float32 or wider; the result has the dtype of `x`.
 
-  So does its gradient: both operands are rounded, and its dtypes are those of what it belongs to.
+  The two products of the gradient are made likewise; the bias' is a sum, on a TPU of what is rounded.
   """
   return _affine(dtype, x, w, bias)
 
@@ -58,17 +58,17 @@ def _of_weight(dtype, x, slope):
 
 
 def _of_bias(dtype, slope):
-  """[o], summed over everything before; on a TPU by its matrix unit, which reads `slope` four times as fast.
-
-  The compiler would make a sum of a product with ones that it sees.
-  """
+  """[o], summed over everything before."""
   total = lambda slope: _wide(slope).sum(tuple(range(slope.ndim - 1)))
-  if dtype == "float32":
-    return total(slope)
-  ones = lambda shape: jax.lax.optimization_barrier(jnp.ones((8, *shape), dtype))
+  by_ones = partial(_by_ones, dtype)
+  return total(slope) if dtype == "float32" else jax.lax.platform_dependent(slope, tpu=by_ones, default=total)
+
+
+def _by_ones(dtype, slope):
+  """The sum by a TPU's matrix unit, for a third of its cycles; of ones that it sees the compiler makes a sum again."""
+  ones = jax.lax.optimization_barrier(jnp.ones((8, *slope.shape[:-1]), dtype))  # as many rows as a tile has
   letters = "abcdefgh"[: slope.ndim - 1]
-  product = lambda slope: _summed(f"z{letters},{letters}o->zo", dtype, ones(slope.shape[:-1]), slope)[0]
-  return jax.lax.platform_dependent(slope, tpu=product, default=total)
+  return _summed(f"z{letters},{letters}o->zo", dtype, ones, slope)[0]
 
 
 def _like(*operands):
@@ -146,21 +146,16 @@ def _gelu_backward(x, slope):
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
-def relu(x: Float[Array, "*n"]) -> Float[Array, "*n"]:
-  """max(x, 0)."""
-  return jnp.maximum(x, 0)
-
-
 def _gelu_and_slope(x):
   below, density = _normal(x)
   return x * below, below + x * density
 
 
 def _relu_and_slope(x):
-  return relu(x), (x > 0).astype(x.dtype)
+  return jax.nn.relu(x), (x > 0).astype(x.dtype)
 
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": gelu, "relu": relu}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"gelu": gelu, "relu": jax.nn.relu}
 _WITH_SLOPE = {"gelu": _gelu_and_slope, "relu": _relu_and_slope}
 
 
@@ -192,12 +187,12 @@ def _feed_forward(dtype, activation, x, up, up_bias, down, down_bias):
 
 def _feed_backward(dtype, activation, held, slope_out):
   x, inner, slope, up, down, like = held
-  of_inner = _summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
-  (of_inner,) = jax.lax.optimization_barrier(_rounded(dtype, of_inner))  # in the product's loop, not in its readers'
+  of_before = _summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
+  (of_before,) = jax.lax.optimization_barrier(_rounded(dtype, of_before))  # in the product's loop, not in its readers'
   found = (
-    _summed("...o,io->...i", dtype, of_inner, up),
-    _of_weight(dtype, x, of_inner),
-    _of_bias(dtype, of_inner),
+    _summed("...o,io->...i", dtype, of_before, up),
+    _of_weight(dtype, x, of_before),
+    _of_bias(dtype, of_before),
     _of_weight(dtype, inner, slope_out),
     _of_bias(dtype, slope_out),
   )

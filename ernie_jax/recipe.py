@@ -795,11 +795,12 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   where = f"on {len(some)} dev queries, top {e.teacher_depth}"
   cascade = current.config.cascade
   warning = teacher_warning(mrr, draws, cascade.on, where)
-  rows = dev_lists(current, found, cascade.negatives)
-  heat = temperatures({"dual": values, "late": late, "cross": alone}, *rows, cascade) if rows[1].size else {}
+  rankers = {"dual": values, "late": late} | ({} if cascade.residual else {"cross": alone})
+  queries_of, columns = dev_lists(current, found, cascade)
+  heat = temperatures(rankers, queries_of, columns, cascade.temperature)
   for name, of in heat.items():
     say(f"  temperature.{name}={of['used']:g}; calibrated on dev: {of['calibrated']:.3g}")
-  surer = surer_than_right(heat, cascade, rows[1].shape[1])
+  surer = surer_than_right(heat, cascade.on, columns.shape[1])
   warning = "; ".join(filter(None, [warning, *surer])) or None
   if warning:
     say(f"  warning: {warning}")
@@ -811,17 +812,19 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   return {**result, "temperatures": heat, "warning": warning}
 
 
-def dev_lists(current: Run, found: np.ndarray, negatives: int) -> tuple[np.ndarray, np.ndarray]:
-  """Lists as the cascade has them, from the best passages `found` [Q, k] of the first dev queries.
+def dev_lists(current: Run, found: np.ndarray, train: config.Train) -> tuple[np.ndarray, np.ndarray]:
+  """Lists much as the cascade draws them, from the best passages `found` [Q, k] of the first dev queries.
 
-  The queries [N] that have a positive among them, and columns of `found` [N, K]: the best positive, the best negatives.
+  The queries [N] that have a positive among them, and columns of `found` [N, K]: the best positive, then negatives
+  drawn from the `hardest`, as many as the cascade has or k gives.
   """
   positives, identity = current.data.queries["dev"].positives, current.identity
-  negatives = min(negatives, found.shape[1] - 1)
+  negatives = min(train.negatives, found.shape[1] - 1)
+  rng = np.random.default_rng(current.config.seed)
   queries, columns = [], []
   for query, row in enumerate(found):
     right = np.isin(identity[row], identity[positives[query]])
-    wrong = np.flatnonzero(~right)[:negatives]
+    wrong = rng.permutation(np.flatnonzero(~right)[: train.hardest])[:negatives]
     if right.any() and len(wrong) == negatives:
       queries.append(query)
       columns.append([right.argmax(), *wrong])
@@ -829,27 +832,31 @@ def dev_lists(current: Run, found: np.ndarray, negatives: int) -> tuple[np.ndarr
 
 
 def temperatures(
-  scored: dict[str, np.ndarray], queries: np.ndarray, columns: np.ndarray, train: config.Train
+  rankers: dict[str, np.ndarray], queries: np.ndarray, columns: np.ndarray, temperature: config.Temperatures
 ) -> dict[str, dict[str, float]]:
-  """Of each ranker: the temperature in use, the calibrated one, and what -log p of the positive is with either."""
+  """Of each ranker: the temperature in use, the calibrated one, and what -log p of the positive is with either.
+
+  Rankers that the lists do not calibrate are left out.
+  """
   result = {}
-  for name, every in scored.items():
+  for name, every in rankers.items():
     lists = every[queries[:, None], columns].astype(np.float64)
-    used, best = getattr(train.temperature, name), evaluate.calibrated(lists)
-    result[name] = {"used": used, "calibrated": best}
-    result[name] |= {"loss": evaluate.surprise(lists, used), "calibrated_loss": evaluate.surprise(lists, best)}
+    used, best = getattr(temperature, name), evaluate.calibrated(lists)
+    if best is not None:
+      result[name] = {"used": used, "calibrated": best}
+      result[name] |= {"loss": evaluate.surprise(lists, used), "calibrated_loss": evaluate.surprise(lists, best)}
   return result
 
 
-def surer_than_right(heat: dict[str, dict[str, float]], train: config.Train, size: int) -> list[str]:
+def surer_than_right(heat: dict[str, dict[str, float]], on: Weights, size: int) -> list[str]:
   """A warning for each ranker that teaches and whose probabilities are worse than all alike would be, log K."""
-  teaches = {"late": {"kl_li_de"}, "cross": set() if train.residual else {"kl_ce_li", "kl_ce_de"}}
+  teaches = {"late": {"kl_li_de"}, "cross": {"kl_ce_li", "kl_ce_de", "kl_listwise", "kl_bidirectional"}}
   return [
     f"temperature.{name}={of['used']:g} makes the {'cross-encoder' if name == 'cross' else 'late interaction'} that "
     f"teaches surer than it is right (-log p of the positive {of['loss']:.2f} in dev lists of {size}; all alike "
     f"{np.log(size):.2f}; its best is {of['calibrated_loss']:.2f} at {of['calibrated']:.2g}): raise it"
     for name, of in heat.items()
-    if train.on.active & teaches.get(name, set()) and of["loss"] > np.log(size)
+    if on.active & teaches.get(name, set()) and of["loss"] > np.log(size)
   ]
 
 

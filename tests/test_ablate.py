@@ -12,7 +12,7 @@ from conftest import shared
 
 from ernie_jax import ablate, evaluate, recipe, step
 from ernie_jax.__main__ import main
-from ernie_jax.config import Config, Mine, Model, UserError, Weights
+from ernie_jax.config import Config, Mine, Model, Temperatures, UserError, Weights
 
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.py")
 FULL = Config(mine=Mine(margin=0.0))
@@ -110,6 +110,8 @@ def test_a_wrong_row_is_refused(names, own, says):
     ({"mine": Mine(margin=0.0, refresh=10)}, ()),
     ({"cascade": dataclasses.replace(FULL.cascade, steps=5)}, ()),
     ({"cascade": dataclasses.replace(FULL.cascade, residual=True)}, ("check",)),
+    ({"cascade": dataclasses.replace(FULL.cascade, temperature=Temperatures(late=0.3))}, ("check",)),
+    ({"cascade": dataclasses.replace(FULL.cascade, negatives=FULL.cascade.negatives + 1)}, ("check",)),
   ],
 )
 def test_a_stage_is_another_one_from_the_first_that_reads_what_differs(changed, stages):

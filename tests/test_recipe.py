@@ -183,7 +183,7 @@ PAPER, DUAL = config.Weights(), config.Weights.only(nll_de=1, kl_ce_de=1, nll_ce
 def test_the_check_calibrates_each_ranker(whole):
   check = json.loads((whole[0] / "check" / "manifest.json").read_text())
   used = json.loads((whole[0] / "config.json").read_text())["cascade"]["temperature"]
-  assert set(check["temperatures"]) == {"dual", "late", "cross"}
+  assert "dual" in check["temperatures"]  # a tiny cross-encoder's scores may tell nothing
   for name, of in check["temperatures"].items():
     assert of["used"] == used[name]
     assert of["calibrated_loss"] <= of["loss"]
@@ -192,26 +192,30 @@ def test_the_check_calibrates_each_ranker(whole):
 def test_lists_of_dev_hold_the_best_positive_then_negatives():
   identity = np.array([0, 1, 2, 3, 4, 0])  # the last passage has the text of the first
   dev = types.SimpleNamespace(positives=columns.ragged([[0], [4], [1, 2]]))
-  current = types.SimpleNamespace(data=types.SimpleNamespace(queries={"dev": dev}), identity=identity)
+  fields = {"data": types.SimpleNamespace(queries={"dev": dev}), "identity": identity}
+  current = types.SimpleNamespace(**fields, config=config.Config())
   found = np.array([[3, 5, 1, 0], [0, 1, 2, 3], [1, 2, 3, 4]])
-  queries, lists = recipe.dev_lists(current, found, 2)
+  lists = lambda **own: recipe.dev_lists(current, found, config.Train(**own))
+  queries, drawn = lists(negatives=2)
   assert queries.tolist() == [0, 2]  # the second's positive is not among the found
-  assert lists.tolist() == [[1, 0, 2], [0, 2, 3]]
-  assert recipe.dev_lists(current, found, 9)[1].shape == (0, 4)  # as many as there are, and none has three
+  assert [[row[0], *sorted(row[1:])] for row in drawn.tolist()] == [[1, 0, 2], [0, 2, 3]]
+  assert lists(negatives=1, hardest=1)[1].tolist() == [[1, 0], [0, 2]]
+  assert lists(negatives=2, hardest=1)[1].shape == (0, 3)
+  assert lists(negatives=9)[1].shape == (0, 4)  # as many as there are, and none has three
+  nothing = recipe.temperatures({"dual": np.ones((3, 4))}, *lists(negatives=9), config.Temperatures())
+  assert nothing == {}
 
 
 def test_a_teacher_that_is_surer_than_right_is_named():
   cross = {"used": 0.1, "calibrated": 2.0, "loss": 3.0, "calibrated_loss": 1.0}
   late = {"used": 0.25, "calibrated": 0.6, "loss": 2.2, "calibrated_loss": 1.6}
   heat = {"dual": cross, "late": late, "cross": cross}
-  train = lambda **fields: config.Train(negatives=7, **fields)
-  first, second = recipe.surer_than_right(heat, train(), 8)
+  first, second = recipe.surer_than_right(heat, PAPER, 8)
   assert first.startswith("temperature.late=0.25 makes")
   assert "(-log p of the positive 2.20 in dev lists of 8; all alike 2.08; its best is 1.60 at 0.6)" in first
   assert second.startswith("temperature.cross=0.1 makes")
-  assert recipe.surer_than_right({"dual": cross, "late": late}, train(weights=DUAL), 8) == []  # it teaches nothing
-  assert recipe.surer_than_right({"late": late | {"loss": 2.0}}, train(), 8) == []
-  assert len(recipe.surer_than_right(heat, train(residual=True), 8)) == 1  # the sum of both teaches
+  assert recipe.surer_than_right({"dual": cross, "late": late}, DUAL, 8) == []  # it teaches nothing
+  assert recipe.surer_than_right({"late": late | {"loss": 2.0}}, PAPER, 8) == []
 
 
 @pytest.mark.parametrize(
