@@ -816,7 +816,8 @@ def dev_lists(current: Run, found: np.ndarray, train: config.Train) -> tuple[np.
   """Lists much as the cascade draws them, from the best passages `found` [Q, k] of the first dev queries.
 
   The queries [N] that have a positive among them, and columns of `found` [N, K]: the best positive, then negatives
-  drawn from the `hardest`, as many as the cascade has or k gives.
+  drawn from the `hardest`, as many as the cascade has or k gives. The cascade's lists hold positives that the student
+  does not find, too: these favour the dual-encoder.
   """
   positives, identity = current.data.queries["dev"].positives, current.identity
   negatives = min(train.negatives, found.shape[1] - 1)
