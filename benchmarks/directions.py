@@ -11,7 +11,6 @@ its standard error over batches of dev lists. Dev lists are drawn as training li
 
 import argparse
 import dataclasses
-import os
 import runpy
 import sys
 from pathlib import Path
@@ -42,22 +41,15 @@ def begun() -> tuple[recipe.Run, recipe.Begun]:
   """The run and what its cascade begins with, as `ablate` has it: links to shared stages."""
   row = ablate.Row("full", "loss", "full", full)
   base = ablate.begin(ablate.based(chosen.ablation, row), row)
-  place = recipe.folder(chosen.ablation / "directions")
-  for stage in ablate.stages(full):
-    home = recipe.folder(base.directory / f"{stage}-{ablate.digest(full, stage)}")
-    (place / stage).unlink(missing_ok=True)  # it may be of another configuration
-    (place / stage).symlink_to(os.path.relpath(home, place))
+  place = recipe.folder(chosen.ablation / "directions" / ablate.digest(full, "check"))
+  ablate.link(base, full, place)
   current = dataclasses.replace(base, directory=place)
   return current, recipe.before_cascade(current)
 
 
 def lists(current: recipe.Run, split: str, negatives: columns.Ragged, seed: int) -> list[scores.Batch]:
   """Batches of a split, as the cascade draws them."""
-  positives = current.data.queries[split].positives
-  texts = batches.Texts(
-    current.queries[split], current.passages, current.identity, positives, negatives, current.tokenizer
-  )
-  stage = full.cascade
+  texts, stage = recipe.texts_of(current, split, negatives), full.cascade
   drawn = batches.batches(texts, full.data, stage, seed, batches.layout(full.data, stage, jax.device_count(), texts))
   return [mesh.shard(next(drawn), mesh.make()) for _ in range(chosen.batches)]
 

@@ -294,6 +294,16 @@ def stages(c: Config) -> list[str]:
   return [name for name in every if name not in idle]
 
 
+def link(base: recipe.Run, c: Config, place: Path) -> dict[str, str]:
+  """Links from a folder to the shared stages before its cascade; gives {stage: what its shared folder is called}."""
+  homes = {name: f"{name}-{digest(c, name)}" for name in stages(c)}
+  for name, home in {"prepare": "prepare", "baselines": "baselines", **homes}.items():
+    target = recipe.folder(base.directory / home)
+    if not (place / name).is_symlink():
+      (place / name).symlink_to(os.path.relpath(target, place))
+  return homes
+
+
 def run(row: Row, seed: int, place: Path, base: recipe.Run, begun: dict[Path, recipe.Begun]) -> None:
   """Runs, or continues, a row under a seed in its folder; `begun` keeps what the last row's cascade began with.
 
@@ -302,11 +312,7 @@ def run(row: Row, seed: int, place: Path, base: recipe.Run, begun: dict[Path, re
   own = dataclasses.replace(row.config, seed=seed)
   recipe.claim(place, own, fresh=False)
   if not (place / "evaluate" / "manifest.json").is_file():
-    homes = {name: f"{name}-{digest(row.config, name)}" for name in stages(row.config)}
-    for name, home in {"prepare": "prepare", "baselines": "baselines", **homes}.items():
-      target = recipe.folder(base.directory / home)
-      if not (place / name).is_symlink():
-        (place / name).symlink_to(os.path.relpath(target, place))
+    homes = link(base, row.config, place)
     key = base.directory / "+".join(homes.values())
     if key not in begun:
       begun.clear()  # parameters: those of one start at a time

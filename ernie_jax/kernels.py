@@ -46,9 +46,14 @@ def _turned(x):
   return with_layout_constraint(x.T, Layout((0, 1)))
 
 
+def _before(x):
+  """A letter for each axis but the last."""
+  return "abcdefgh"[: x.ndim - 1]
+
+
 def _of_weight(dtype, x, slope):
   """[i, o], summed over everything before."""
-  letters = "abcdefgh"[: x.ndim - 1]
+  letters = _before(x)
   whole = partial(_summed, f"{letters}i,{letters}o->io", dtype)
   if dtype == "float32":
     return whole(x, slope)
@@ -67,8 +72,7 @@ def _of_bias(dtype, slope):
 def _by_ones(dtype, slope):
   """The sum by a TPU's matrix unit, for a third of its cycles; of ones that it sees the compiler makes a sum again."""
   ones = jax.lax.optimization_barrier(jnp.ones((8, *slope.shape[:-1]), dtype))  # as many rows as a tile has
-  letters = "abcdefgh"[: slope.ndim - 1]
-  return _summed(f"z{letters},{letters}o->zo", dtype, ones, slope)[0]
+  return _summed(f"z{_before(slope)},{_before(slope)}o->zo", dtype, ones, slope)[0]
 
 
 def _like(*operands):
@@ -100,9 +104,13 @@ _affine.defvjp(_affine_forward, _affine_backward)
 class Linear(nnx.Linear):
   """x W + b, of operands in `dtype` (None: float32); the result has the dtype of the input."""
 
+  @property
+  def rounds_to(self) -> str:
+    return jnp.dtype(self.dtype or "float32").name
+
   def __call__(self, inputs: Float[Array, "*n i"], out_sharding: None = None) -> Float[Array, "*n o"]:
     bias = None if self.bias is None else self.bias[...]
-    return affine(inputs, self.kernel[...], bias, jnp.dtype(self.dtype or "float32").name)
+    return affine(inputs, self.kernel[...], bias, self.rounds_to)
 
 
 # Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: erfc(z) = t (a1 + t (a2 + ...)) exp(-z^2) with
@@ -167,14 +175,12 @@ def feed_forward(x: Float[Array, "*n h"], up: Linear, down: Linear, activation: 
   """
   assert up.bias is not None
   assert down.bias is not None
-  dtype = jnp.dtype(up.dtype or "float32").name
-  return _feed(dtype, activation, x, up.kernel[...], up.bias[...], down.kernel[...], down.bias[...])
+  return _feed(up.rounds_to, activation, x, up.kernel[...], up.bias[...], down.kernel[...], down.bias[...])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _feed(dtype, activation, x, up, up_bias, down, down_bias):
-  inner = ACTIVATIONS[activation](_summed("...i,io->...o", dtype, x, up) + up_bias)
-  return (_summed("...i,io->...o", dtype, inner, down) + down_bias).astype(x.dtype)
+  return _feed_forward(dtype, activation, x, up, up_bias, down, down_bias)[0]
 
 
 def _feed_forward(dtype, activation, x, up, up_bias, down, down_bias):

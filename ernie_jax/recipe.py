@@ -588,6 +588,14 @@ def held_out_loss(current: Run, held_out: masking.Plain) -> Callable[[Params], f
   return measure
 
 
+def texts_of(current: Run, split: str, negatives: Ragged) -> batches.Texts:
+  """What batches of a split's queries are gathered from."""
+  positives = current.data.queries[split].positives
+  return batches.Texts(
+    current.queries[split], current.passages, current.identity, positives, negatives, current.tokenizer
+  )
+
+
 def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Params:
   """Trains a stage from the given parameters, or reads its result back; a stage of 0 steps hands them on."""
   stage: config.Train = getattr(current.config, name)
@@ -595,15 +603,8 @@ def fit(current: Run, name: str, params: Params, negatives: Ragged | None) -> Pa
     return params
 
   def work(place: Path) -> tuple[Trained, dict[str, Any]]:
-    queries = current.queries["train"]
-    texts = batches.Texts(
-      queries,
-      current.passages,
-      current.identity,
-      current.data.queries["train"].positives,
-      Ragged(np.zeros(0, np.int32), np.zeros(len(queries) + 1, np.int64)) if negatives is None else negatives,
-      current.tokenizer,
-    )
+    none = Ragged(np.zeros(0, np.int32), np.zeros(len(current.queries["train"]) + 1, np.int64))
+    texts = texts_of(current, "train", none if negatives is None else negatives)
     seed = seed_of(current, name)
     settings = current.config
     measuring = dev_slice(current) if stage.measure_every else None
@@ -771,7 +772,7 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
 
   Chance is the same passages in random order, 20 times.
   """
-  e = current.config.evaluate
+  e, cascade = current.config.evaluate, current.config.cascade
   store = current.queries["dev"]
   some = np.arange(min(e.teacher_queries, len(store)))
   queries = current.encode(student_params, store.take(some), "dev queries", late=True)
@@ -780,22 +781,21 @@ def check_teacher(current: Run, student_params: Params, teacher_params: Params) 
   tokens = token_vectors(current, student_params, passages)
   late = retrieval.rerank_late(queries, found, tokens, each_passage(current, student_params))
   alone = retrieval.rerank_cross(teacher_params, store, current.passages, found, current.template)
-  teacher = alone
-  if current.config.cascade.residual:  # it is judged by the score that it teaches
-    temperature = dataclasses.asdict(current.config.cascade.temperature)
+  ranked = {"student": values, "late": late, "teacher": alone}
+  rankers = {"dual": values, "late": late, "cross": alone}
+  if cascade.residual:  # it is judged by the score that it teaches; its own has no temperature that could be calibrated
+    temperature = dataclasses.asdict(cascade.temperature)
     teacher = np.asarray(losses.corrected(jax.numpy.asarray(alone), jax.numpy.asarray(late), temperature))
+    ranked |= {"teacher": teacher, "alone": alone}
+    del rankers["cross"]
   qrels = first_judged(current, len(some))
   measured = lambda scores: evaluate.metrics(current.as_run("dev", *retrieval.reorder(found, scores)), qrels)
-  scores = {"student": measured(values), "late": measured(late), "teacher": measured(teacher)}
-  if current.config.cascade.residual:
-    scores["alone"] = measured(alone)
+  scores = {name: measured(each) for name, each in ranked.items()}
   rng = np.random.default_rng(current.config.seed)
   draws = [measured(rng.random(found.shape))["MRR@10"] for _ in range(20)]
   mrr = {name: of["MRR@10"] for name, of in scores.items()}
   where = f"on {len(some)} dev queries, top {e.teacher_depth}"
-  cascade = current.config.cascade
   warning = teacher_warning(mrr, draws, cascade.on, where)
-  rankers = {"dual": values, "late": late} | ({} if cascade.residual else {"cross": alone})
   queries_of, columns = dev_lists(current, found, cascade)
   heat = temperatures(rankers, queries_of, columns, cascade.temperature)
   for name, of in heat.items():
