@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx, struct
 
 from ernie_jax import config
-from ernie_jax.kernels import LayerNorm, Linear, feed_forward
+from ernie_jax.kernels import LayerNorm, Linear, as_held, feed_forward
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
@@ -159,10 +159,20 @@ def attend(
 ) -> tuple[Float[Array, "n q heads d"], Float[Array, "n heads q k"]]:
   """Attention's output, and its probabilities before dropout, float32.
 
-  Beside query, key and value the gradient keeps one [n, heads, q, k] array, the probabilities in the dtype of `value`,
-  negative where dropout took them; derived operation by operation it keeps up to six.
+  Beside query, key, value and output the gradient keeps one [n, heads, q, k] array, the probabilities in the dtype of
+  `value`, negative where dropout took them; derived operation by operation it keeps up to six. Probabilities that
+  nobody reads cost nothing; those that are read have a gradient of their own.
   """
-  return _attend(rate, query, keyed, value, mask, None if rate == 0 else noise)
+  return _attend(rate, query, keyed, value, mask, None if rate == 0 else noise), _attention(query, keyed, mask)
+
+
+def _attention(query, keyed, mask):
+  logits = jnp.einsum("nqad,nkad->naqk", query, keyed, preferred_element_type=_wide(query))
+  return jax.nn.softmax(jnp.where(mask, logits * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min), axis=-1)
+
+
+def _wide(x):
+  return jnp.promote_types(x.dtype, jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -171,28 +181,44 @@ def _attend(rate, query, keyed, value, mask, noise):
 
 
 def _attend_forward(rate, query, keyed, value, mask, noise):
-  logits = jnp.einsum("nqad,nkad->naqk", query, keyed, preferred_element_type=jnp.float32)
-  logits = jnp.where(mask, logits * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
-  attention = jax.nn.softmax(logits, axis=-1)
-  dropped = drop_attention(attention, rate, noise)
-  signed = attention if noise is None else jnp.where(dropped > 0, attention, -attention)
-  mixed = jnp.einsum("naqk,nkad->nqad", dropped.astype(value.dtype), value)
-  return (mixed, attention), (query, keyed, value, mask, signed.astype(value.dtype), noise)
+  signed = attention = _attention(query, keyed, mask)
+  if noise is not None:
+    signed = jnp.where(drop_attention(attention, rate, noise) > 0, attention, -attention)
+  signed = as_held(signed.astype(value.dtype))
+  mixed = jnp.einsum("naqk,nkad->nqad", _left(signed, noise), value, preferred_element_type=_wide(value))
+  mixed = _raised(mixed, rate, noise).astype(value.dtype)
+  return mixed, (query, keyed, value, mask, signed, mixed, noise)
 
 
-def _attend_backward(rate, held, slopes):
-  query, keyed, value, mask, signed, noise = held
-  slope, of_attention = slopes
-  left = lambda x: x if noise is None else jnp.where(signed > 0, x / (1 - rate), 0)
-  attention = jnp.abs(signed).astype(jnp.float32)
-  of_value = jnp.einsum("naqk,nqad->nkad", left(attention).astype(value.dtype), slope)
-  inner = of_attention + left(jnp.einsum("nqad,nkad->naqk", slope, value, preferred_element_type=jnp.float32))
-  of_logits = attention * (inner - jnp.sum(inner * attention, axis=-1, keepdims=True))
+def _left(signed, noise):
+  """Probabilities that dropout left, not yet raised by 1 / (1 - rate)."""
+  return signed if noise is None else jnp.maximum(signed, 0)
+
+
+def _raised(x, rate, noise):
+  return x if noise is None else x / (1 - rate)
+
+
+def _attend_backward(rate, held, slope):
+  query, keyed, value, mask, signed, mixed, noise = held
+  mean = _by_head(slope * mixed)[..., None]  # of `inner`, each key by its probability; so without another [n, a, q, k]
+  slope = _raised(slope, rate, noise)
+  of_value = jnp.einsum("naqk,nqad->nkad", _left(signed, noise), slope)
+  inner = jnp.einsum("nqad,nkad->naqk", slope, value, preferred_element_type=_wide(value))
+  inner = inner if noise is None else jnp.where(signed > 0, inner, 0)
   # Where nothing is read, as by padding, all probabilities are alike, whatever the logits.
-  of_logits = jnp.where(mask, of_logits * query.shape[-1] ** -0.5, 0).astype(value.dtype)
+  scale = jnp.where(mask.any(-1, keepdims=True), query.shape[-1] ** -0.5, 0)
+  of_logits = as_held((jnp.abs(signed) * (inner - mean) * scale).astype(value.dtype))
   of_query = jnp.einsum("naqk,nkad->nqad", of_logits, keyed)
   of_keyed = jnp.einsum("naqk,nqad->nkad", of_logits, query)
   return of_query, of_keyed, of_value, None, None
+
+
+def _by_head(x):
+  """[n, q, a, d] -> [n, a, q], summed over d: by a product, which a TPU makes without moving `x` to another layout."""
+  heads, d = x.shape[2:]
+  own = jnp.repeat(jnp.eye(heads, dtype=x.dtype), d, axis=0)
+  return jnp.einsum("nqh,ha->nqa", x.reshape(*x.shape[:2], -1), own, preferred_element_type=_wide(x)).swapaxes(1, 2)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -209,4 +209,4 @@ def make_train_step(
     params = jax.tree.map(mesh.replicate, optax.apply_updates(params, updates))
     return State(state.step + 1, params, moments), logs
 
-  return jax.jit(train_step, donate_argnums=0)
+  return jax.jit(train_step, donate_argnums=0, compiler_options=mesh.compiler_options())

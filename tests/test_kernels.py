@@ -156,6 +156,23 @@ def test_layer_norm_and_its_gradient_are_those_of_float64(middle, within):
     assert np.max(np.abs(np.asarray(one) - other)) < within * np.max(np.abs(other))
 
 
+@pytest.mark.parametrize("middle", [0.0, 10.0, 30.0, 100.0])
+def test_layer_norm_of_bfloat16_loses_less_than_the_rounding_of_its_rows_did(middle):
+  """Against float64, of the rounded rows: a hundredth, at most, of what rounding them has moved."""
+  rows = middle + np.random.default_rng(0).normal(size=(40, 768))
+  rounded = jnp.asarray(rows, jnp.bfloat16)
+  ones, zeros = jnp.ones(768), jnp.zeros(768)
+
+  def exact(x):
+    apart = x - x.mean(-1, keepdims=True)
+    return apart / np.sqrt((apart**2).mean(-1, keepdims=True) + 1e-12)
+
+  moved = np.abs(exact(rows) - exact(np.asarray(rounded, np.float64))).max()
+  lost = np.abs(layer_norm(rounded, ones, zeros, 1e-12) - exact(np.asarray(rounded, np.float64))).max()
+  assert lost < 0.01 * moved
+  assert np.isfinite(layer_norm(jnp.full((1, 768), middle, jnp.bfloat16), ones, zeros, 1e-12)).all()
+
+
 def test_layer_norm_of_bfloat16_is_computed_in_float32():
   from flax import nnx
 
