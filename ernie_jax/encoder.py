@@ -157,21 +157,24 @@ def attend(
   rate: float,
   noise: Noise | None,
 ) -> tuple[Float[Array, "n q heads d"], Float[Array, "n heads q k"]]:
-  """Attention's output, and its probabilities before dropout, float32.
+  """Attention's output, and its probabilities before dropout, float32 or wider.
 
   Beside query, key, value and output the gradient keeps one [n, heads, q, k] array, the probabilities in the dtype of
-  `value`, negative where dropout took them; derived operation by operation it keeps up to six. Probabilities that
-  nobody reads cost nothing; those that are read have a gradient of their own.
+  `value`, negative where dropout took them; derived operation by operation it keeps up to six. Where that dtype is
+  bfloat16, softmax' gradient takes its mean from the rounded output: up to twice the rounding error, for an array less.
+  In a compiled program probabilities that nobody reads cost nothing; those that are read keep what their own gradient
+  needs.
   """
   return _attend(rate, query, keyed, value, mask, None if rate == 0 else noise), _attention(query, keyed, mask)
 
 
 def _attention(query, keyed, mask):
-  logits = jnp.einsum("nqad,nkad->naqk", query, keyed, preferred_element_type=_wide(query))
+  logits = jnp.einsum("nqad,nkad->naqk", query, keyed, preferred_element_type=_sum_dtype(query))
   return jax.nn.softmax(jnp.where(mask, logits * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min), axis=-1)
 
 
-def _wide(x):
+def _sum_dtype(x):
+  """The dtype of sums over `x`."""
   return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -185,7 +188,7 @@ def _attend_forward(rate, query, keyed, value, mask, noise):
   if noise is not None:
     signed = jnp.where(drop_attention(attention, rate, noise) > 0, attention, -attention)
   signed = as_held(signed.astype(value.dtype))
-  mixed = jnp.einsum("naqk,nkad->nqad", _left(signed, noise), value, preferred_element_type=_wide(value))
+  mixed = jnp.einsum("naqk,nkad->nqad", _left(signed, noise), value, preferred_element_type=_sum_dtype(value))
   mixed = _raised(mixed, rate, noise).astype(value.dtype)
   return mixed, (query, keyed, value, mask, signed, mixed, noise)
 
@@ -201,11 +204,13 @@ def _raised(x, rate, noise):
 
 def _attend_backward(rate, held, slope):
   query, keyed, value, mask, signed, mixed, noise = held
-  mean = _by_head(slope * mixed)[..., None]  # of `inner`, each key by its probability; so without another [n, a, q, k]
-  slope = _raised(slope, rate, noise)
-  of_value = jnp.einsum("naqk,nqad->nkad", _left(signed, noise), slope)
-  inner = jnp.einsum("nqad,nkad->naqk", slope, value, preferred_element_type=_wide(value))
-  inner = inner if noise is None else jnp.where(signed > 0, inner, 0)
+  wide = _sum_dtype(value)
+  # The mean of `inner`, each key by its probability, so that it needs no array of its own.
+  mean = _by_head(slope.astype(wide) * mixed)[..., None]
+  of_value = jnp.einsum("naqk,nqad->nkad", _left(signed, noise), slope, preferred_element_type=wide)
+  of_value = _raised(of_value, rate, noise).astype(value.dtype)
+  inner = jnp.einsum("nqad,nkad->naqk", slope, value, preferred_element_type=wide)
+  inner = inner if noise is None else jnp.where(signed > 0, _raised(inner, rate, noise), 0)
   # Where nothing is read, as by padding, all probabilities are alike, whatever the logits.
   scale = jnp.where(mask.any(-1, keepdims=True), query.shape[-1] ** -0.5, 0)
   of_logits = as_held((jnp.abs(signed) * (inner - mean) * scale).astype(value.dtype))
@@ -218,7 +223,8 @@ def _by_head(x):
   """[n, q, a, d] -> [n, a, q], summed over d: by a product, which a TPU makes without moving `x` to another layout."""
   heads, d = x.shape[2:]
   own = jnp.repeat(jnp.eye(heads, dtype=x.dtype), d, axis=0)
-  return jnp.einsum("nqh,ha->nqa", x.reshape(*x.shape[:2], -1), own, preferred_element_type=_wide(x)).swapaxes(1, 2)
+  flat = x.reshape(*x.shape[:2], heads * d)
+  return jnp.einsum("nqh,ha->nqa", flat, own, precision=jax.lax.Precision.HIGHEST).swapaxes(1, 2)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

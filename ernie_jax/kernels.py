@@ -222,9 +222,9 @@ def layer_norm(
 ) -> Float[Array, "*n h"]:
   """(x - mean) / sqrt(variance + epsilon) * scale + bias (Ba et al. 2016), in float32 or wider, as its result is.
 
-  The variance is that of the differences: E[x^2] - E[x]^2 loses digits. Of a row in bfloat16 it is that, in one
-  reading: it loses a hundredth of what rounding the row lost, up to 100 standard deviations from 0. The gradient, in
-  closed form, takes both its means over a row at once; derived operation by operation it reads its operands twice.
+  The variance is that of the differences: E[x^2] - E[x]^2 loses digits. Of a row in bfloat16 it is E[x^2] - E[x]^2, in
+  one reading: it loses a hundredth, at most, of what rounding the row lost, up to 100 standard deviations from 0. The
+  gradient, in closed form, takes both its means over a row at once; derived by operation it reads its operands twice.
   """
   return _norm(x, scale, bias, epsilon)
 
@@ -238,7 +238,8 @@ def _norm_forward(x, scale, bias, epsilon):
   wide = _wide(x)
   mean = wide.mean(-1, keepdims=True)
   if x.dtype == jnp.bfloat16:
-    variance = jnp.maximum(jnp.square(wide).mean(-1, keepdims=True) - jnp.square(mean), 0)
+    square = jnp.square(mean)
+    variance = jnp.maximum(jnp.square(wide).mean(-1, keepdims=True) - square, 2**-22 * square)  # its error, at most
   else:
     variance = jnp.square(wide - mean).mean(-1, keepdims=True)
   rate = jax.lax.rsqrt(variance + epsilon)

@@ -198,8 +198,9 @@ def size() -> int:
 def compiler_options() -> dict[str, str]:
   """How the devices of the mesh in use want a step compiled.
 
-  A TPU's compiler lets one operation take 16 MiB of vector memory, of which there are more from v5 on: too little for
-  a feed-forward product that keeps two results, which is then cut so that it is estimated at three times as long.
+  A TPU's compiler lets one operation take 16 MiB of vector memory, of which v5 and v6 have several times as much: too
+  little for products that keep two results or sum rows on the way, which are then cut so that they are estimated at up
+  to three times as long.
   """
   here = jax.sharding.get_mesh()
   device = jax.devices()[0] if here.empty else here.devices.flat[0]
