@@ -161,7 +161,7 @@ def attend(
 
   Beside query, key, value and output the gradient keeps one [n, heads, q, k] array, the probabilities in the dtype of
   `value`, negative where dropout took them; derived operation by operation it keeps up to six. Where that dtype is
-  bfloat16, softmax' gradient takes its mean from the rounded output: up to twice the rounding error, for an array less.
+  bfloat16, softmax' gradient takes its mean from the rounded output: about twice the error at worst, for an array less.
   In a compiled program probabilities that nobody reads cost nothing; those that are read keep what their own gradient
   needs.
   """
