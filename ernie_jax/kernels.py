@@ -76,12 +76,12 @@ def _by_ones(dtype, slope):
 
 
 def as_held(x):
-  """The array in memory in its own dtype.
+  """The array; where it is bfloat16, so in memory.
 
   A compiler that sees bfloat16 made and read in float32 leaves the rounding to whoever reads: each then reads twice the
-  memory and rounds again, or makes it again from what came before.
+  memory and rounds again. A barrier forbids that; where nothing was rounded it would only keep loops apart.
   """
-  return jax.lax.optimization_barrier(x)
+  return jax.lax.optimization_barrier(x) if x.dtype == jnp.bfloat16 else x
 
 
 def _like(*operands):
@@ -195,7 +195,7 @@ def _feed(dtype, activation, x, up, up_bias, down, down_bias):
 def _feed_forward(dtype, activation, x, up, up_bias, down, down_bias):
   like, (kept, up, down) = _like(x, up, up_bias, down, down_bias), _rounded(dtype, x, up, down)
   inner, slope = _rounded(dtype, *_WITH_SLOPE[activation](_summed("...i,io->...o", dtype, kept, up) + up_bias))
-  inner, slope = as_held(inner), as_held(slope)  # apart: one that nobody reads is not made
+  inner, slope = as_held(inner), jax.lax.optimization_barrier(slope)  # else it is made again from what comes before it
   out = (_summed("...i,io->...o", dtype, inner, down) + down_bias).astype(x.dtype)
   return out, (kept, inner, slope, up, down, like)
 
@@ -203,7 +203,7 @@ def _feed_forward(dtype, activation, x, up, up_bias, down, down_bias):
 def _feed_backward(dtype, activation, held, slope_out):
   x, inner, slope, up, down, like = held
   of_before = _summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
-  of_before = as_held(*_rounded(dtype, of_before))  # in the product's loop, not in its readers'
+  (of_before,) = jax.lax.optimization_barrier(_rounded(dtype, of_before))  # in the product's loop, not in its readers'
   found = (
     _summed("...o,io->...i", dtype, of_before, up),
     _of_weight(dtype, x, of_before),
