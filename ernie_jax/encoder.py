@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx, struct
 
 from ernie_jax import config
-from ernie_jax.kernels import LayerNorm, Linear, as_held, feed_forward
+from ernie_jax.kernels import LayerNorm, Linear, as_held, feed_forward, summed
 
 if TYPE_CHECKING:
   from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
@@ -169,13 +169,8 @@ def attend(
 
 
 def _attention(query, keyed, mask):
-  logits = jnp.einsum("nqad,nkad->naqk", query, keyed, preferred_element_type=_sum_dtype(query))
+  logits = summed("nqad,nkad->naqk", "float32", query, keyed)
   return jax.nn.softmax(jnp.where(mask, logits * query.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min), axis=-1)
-
-
-def _sum_dtype(x):
-  """The dtype of sums over `x`."""
-  return jnp.promote_types(x.dtype, jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -188,7 +183,7 @@ def _attend_forward(rate, query, keyed, value, mask, noise):
   if noise is not None:
     signed = jnp.where(drop_attention(attention, rate, noise) > 0, attention, -attention)
   signed = as_held(signed.astype(value.dtype))
-  mixed = jnp.einsum("naqk,nkad->nqad", _left(signed, noise), value, preferred_element_type=_sum_dtype(value))
+  mixed = summed("naqk,nkad->nqad", "float32", _left(signed, noise), value)
   mixed = _raised(mixed, rate, noise).astype(value.dtype)
   return mixed, (query, keyed, value, mask, signed, mixed, noise)
 
@@ -204,12 +199,11 @@ def _raised(x, rate, noise):
 
 def _attend_backward(rate, held, slope):
   query, keyed, value, mask, signed, mixed, noise = held
-  wide = _sum_dtype(value)
   # The mean of `inner`, each key by its probability, so that it needs no array of its own.
-  mean = _by_head(slope.astype(wide) * mixed)[..., None]
-  of_value = jnp.einsum("naqk,nqad->nkad", _left(signed, noise), slope, preferred_element_type=wide)
+  mean = _by_head(slope.astype(jnp.promote_types(slope.dtype, jnp.float32)) * mixed)[..., None]
+  of_value = summed("naqk,nqad->nkad", "float32", _left(signed, noise), slope)
   of_value = _raised(of_value, rate, noise).astype(value.dtype)
-  inner = jnp.einsum("nqad,nkad->naqk", slope, value, preferred_element_type=wide)
+  inner = summed("nqad,nkad->naqk", "float32", slope, value)
   inner = inner if noise is None else jnp.where(signed > 0, _raised(inner, rate, noise), 0)
   # Where nothing is read, as by padding, all probabilities are alike, whatever the logits.
   scale = jnp.where(mask.any(-1, keepdims=True), query.shape[-1] ** -0.5, 0)

@@ -35,7 +35,8 @@ def _rounded(dtype, *operands):
   return operands if dtype == "float32" else tuple(x.astype(dtype) for x in operands)
 
 
-def _summed(spec, dtype, x, y):
+def summed(spec, dtype, x, y):
+  """An einsum of two operands rounded to `dtype` ("float32": as they are), summed in float32 or wider."""
   wide = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
   return jnp.einsum(spec, *_rounded(dtype, x, y), preferred_element_type=wide)
 
@@ -54,11 +55,11 @@ def _before(x):
 def _of_weight(dtype, x, slope):
   """[i, o], summed over everything before."""
   letters = _before(x)
-  whole = partial(_summed, f"{letters}i,{letters}o->io", dtype)
+  whole = partial(summed, f"{letters}i,{letters}o->io", dtype)
   if dtype == "float32":
     return whole(x, slope)
   flat = lambda x: x.reshape(-1, x.shape[-1])
-  rows = lambda x, slope: _summed("in,no->io", dtype, _turned(flat(x)), flat(slope))
+  rows = lambda x, slope: summed("in,no->io", dtype, _turned(flat(x)), flat(slope))
   return jax.lax.platform_dependent(x, slope, cpu=rows, default=whole)
 
 
@@ -72,7 +73,7 @@ def _of_bias(dtype, slope):
 def _by_ones(dtype, slope):
   """The sum by a TPU's matrix unit, for a third of its cycles; of ones that it sees the compiler makes a sum again."""
   ones = jax.lax.optimization_barrier(jnp.ones((8, *slope.shape[:-1]), dtype))  # as many rows as a tile has
-  return _summed(f"z{_before(slope)},{_before(slope)}o->zo", dtype, ones, slope)[0]
+  return summed(f"z{_before(slope)},{_before(slope)}o->zo", dtype, ones, slope)[0]
 
 
 def as_held(x):
@@ -91,7 +92,7 @@ def _like(*operands):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _affine(dtype, x, w, bias):
-  y = _summed("...i,io->...o", dtype, x, w)
+  y = summed("...i,io->...o", dtype, x, w)
   return (y if bias is None else y + bias).astype(x.dtype)
 
 
@@ -102,7 +103,7 @@ def _affine_forward(dtype, x, w, bias):
 
 def _affine_backward(dtype, kept, slope):
   x, w, (like_x, like_w), like_bias = kept
-  of_x = _summed("...o,io->...i", dtype, slope, w).astype(like_x.dtype)
+  of_x = summed("...o,io->...i", dtype, slope, w).astype(like_x.dtype)
   of_bias = None if like_bias is None else _of_bias(dtype, slope).astype(like_bias[0].dtype)
   return of_x, _of_weight(dtype, x, slope).astype(like_w.dtype), of_bias
 
@@ -194,18 +195,18 @@ def _feed(dtype, activation, x, up, up_bias, down, down_bias):
 
 def _feed_forward(dtype, activation, x, up, up_bias, down, down_bias):
   like, (kept, up, down) = _like(x, up, up_bias, down, down_bias), _rounded(dtype, x, up, down)
-  inner, slope = _rounded(dtype, *_WITH_SLOPE[activation](_summed("...i,io->...o", dtype, kept, up) + up_bias))
+  inner, slope = _rounded(dtype, *_WITH_SLOPE[activation](summed("...i,io->...o", dtype, kept, up) + up_bias))
   inner, slope = as_held(inner), jax.lax.optimization_barrier(slope)  # else it is made again from what comes before it
-  out = (_summed("...i,io->...o", dtype, inner, down) + down_bias).astype(x.dtype)
+  out = (summed("...i,io->...o", dtype, inner, down) + down_bias).astype(x.dtype)
   return out, (kept, inner, slope, up, down, like)
 
 
 def _feed_backward(dtype, activation, held, slope_out):
   x, inner, slope, up, down, like = held
-  of_before = _summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
+  of_before = summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
   (of_before,) = jax.lax.optimization_barrier(_rounded(dtype, of_before))  # in the product's loop, not in its readers'
   found = (
-    _summed("...o,io->...i", dtype, of_before, up),
+    summed("...o,io->...i", dtype, of_before, up),
     _of_weight(dtype, x, of_before),
     _of_bias(dtype, of_before),
     _of_weight(dtype, inner, slope_out),
