@@ -60,7 +60,7 @@ def limits(texts: batches.Texts, data: config.Data, packs: list[int]) -> None:
   for pack, (tower, longest) in itertools.product(
     packs, (("passages", data.passage_length), ("pairs", data.pair_length))
   ):
-    length, sizes = max(pack, longest), np.concatenate([own[tower] for own in drawn])
+    length, sizes = -(-longest // pack) * pack, np.concatenate([own[tower] for own in drawn])
     places = batches.first_fit(sizes, length, len(sizes))
     rows = places.max() // length + 1
     shares = [sizes.sum() / length / n for n in (bound(sizes, length), rows)]

@@ -191,7 +191,7 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
   number = {tower: unit if tower == "queries" else unit * lists for tower in towers}
   if data.pack is None:
     return Layout(unit, number, longest, False, masked)
-  length = {tower: max(data.pack, longest[tower]) for tower in towers}
+  length = {tower: math.ceil(longest[tower] / data.pack) * data.pack for tower in towers}
   if texts is None:
     count = {tower: -(-number[tower] // (length[tower] // longest[tower])) for tower in towers}
     return Layout(unit, count, length, True, masked)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +21,22 @@ if TYPE_CHECKING:
   from jaxtyping import Array, Float
 
 
+Heads = Literal["written", "read"]
+
+
 def affine(
-  x: Float[Array, "*n i"], w: Float[Array, "i o"], bias: Float[Array, "o"] | None, dtype: str = "float32"
+  x: Float[Array, "*n i"],
+  w: Float[Array, "i o"],
+  bias: Float[Array, "o"] | None,
+  dtype: str = "float32",
+  heads: Heads | None = None,
 ) -> Float[Array, "*n o"]:
   """x w + bias, of operands rounded to `dtype` and summed in float32 or wider; the result has the dtype of `x`.
 
-  The two products of the gradient are made likewise; the bias' is a sum, on a TPU of what is rounded.
+  The two products of the gradient are made likewise; the bias' is a sum, on a TPU of what is rounded. `heads` says that
+  the result is written for heads of attention, or x read from them: a TPU's layout of it, nothing else, depends on it.
   """
-  return _affine(dtype, x, w, bias)
+  return _affine(dtype, heads, x, w, bias)
 
 
 def _rounded(dtype, *operands):
@@ -47,6 +55,29 @@ def _turned(x):
   return with_layout_constraint(x.T, Layout((0, 1)))
 
 
+def _product(dtype, heads, x, w, bias=None, io="io"):
+  """x w + bias, in the dtype of `x`; "oi" for the transpose of w. With `heads` a TPU has its tokens innermost."""
+  plain = partial(_plain, dtype, io)
+  if not heads or dtype == "float32":
+    return plain(x, w, bias)
+  return jax.lax.platform_dependent(x, w, bias, tpu=partial(_tokens_last, dtype, io), default=plain)
+
+
+def _plain(dtype, io, x, w, bias):
+  y = summed(f"...i,{io}->...o", dtype, x, w)
+  return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def _tokens_last(dtype, io, x, w, bias):
+  """What `_plain` gives, in the layout that attention's products by head read: a TPU copies the plain one into it.
+
+  Without the barrier the compiler turns the product back.
+  """
+  before = _before(x)
+  y = summed(f"{before}i,{io}->{before[:-1]}o{before[-1]}", dtype, x, w)
+  return jax.lax.optimization_barrier((y if bias is None else y + bias[:, None]).astype(x.dtype)).swapaxes(-1, -2)
+
+
 def _before(x):
   """A letter for each axis but the last."""
   return "abcdefgh"[: x.ndim - 1]
@@ -63,11 +94,15 @@ def _of_weight(dtype, x, slope):
   return jax.lax.platform_dependent(x, slope, cpu=rows, default=whole)
 
 
-def _of_bias(dtype, slope):
+def _total(slope):
   """[o], summed over everything before."""
-  total = lambda slope: _wide(slope).sum(tuple(range(slope.ndim - 1)))
-  by_ones = partial(_by_ones, dtype)
-  return total(slope) if dtype == "float32" else jax.lax.platform_dependent(slope, tpu=by_ones, default=total)
+  return _wide(slope).sum(tuple(range(slope.ndim - 1)))
+
+
+def _of_bias(dtype, slope):
+  if dtype == "float32":
+    return _total(slope)
+  return jax.lax.platform_dependent(slope, tpu=partial(_by_ones, dtype), default=_total)
 
 
 def _by_ones(dtype, slope):
@@ -90,21 +125,22 @@ def _like(*operands):
   return tuple(jnp.zeros((0,), x.dtype) for x in operands)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _affine(dtype, x, w, bias):
-  y = summed("...i,io->...o", dtype, x, w)
-  return (y if bias is None else y + bias).astype(x.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _affine(dtype, heads, x, w, bias):
+  return _product(dtype, heads == "written", x, w, bias)
 
 
-def _affine_forward(dtype, x, w, bias):
+def _affine_forward(dtype, heads, x, w, bias):
   kept = _rounded(dtype, x, w)  # half the memory
-  return _affine(dtype, x, w, bias), (*kept, _like(x, w), None if bias is None else _like(bias))
+  return _affine(dtype, heads, x, w, bias), (*kept, _like(x, w), None if bias is None else _like(bias))
 
 
-def _affine_backward(dtype, kept, slope):
+def _affine_backward(dtype, heads, kept, slope):
   x, w, (like_x, like_w), like_bias = kept
-  of_x = summed("...o,io->...i", dtype, slope, w).astype(like_x.dtype)
-  of_bias = None if like_bias is None else _of_bias(dtype, slope).astype(like_bias[0].dtype)
+  of_x = _product(dtype, heads == "read", slope, w, io="oi").astype(like_x.dtype)
+  # With the tokens innermost a sum over them is part of the operation before it.
+  of_bias = _of_bias("float32" if heads == "written" else dtype, slope)
+  of_bias = None if like_bias is None else of_bias.astype(like_bias[0].dtype)
   return of_x, _of_weight(dtype, x, slope).astype(like_w.dtype), of_bias
 
 
@@ -118,9 +154,9 @@ class Linear(nnx.Linear):
   def rounds_to(self) -> str:
     return jnp.dtype(self.dtype or "float32").name
 
-  def __call__(self, inputs: Float[Array, "*n i"], out_sharding: None = None) -> Float[Array, "*n o"]:
+  def __call__(self, inputs: Float[Array, "*n i"], heads: Heads | None = None) -> Float[Array, "*n o"]:
     bias = None if self.bias is None else self.bias[...]
-    return affine(inputs, self.kernel[...], bias, self.rounds_to)
+    return affine(inputs, self.kernel[...], bias, self.rounds_to, heads)
 
 
 # Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: erfc(z) = t (a1 + t (a2 + ...)) exp(-z^2) with
@@ -203,12 +239,14 @@ def _feed_forward(dtype, activation, x, up, up_bias, down, down_bias):
 
 def _feed_backward(dtype, activation, held, slope_out):
   x, inner, slope, up, down, like = held
-  of_before = summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
-  (of_before,) = jax.lax.optimization_barrier(_rounded(dtype, of_before))  # in the product's loop, not in its readers'
+  wide = summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
+  (of_before,) = jax.lax.optimization_barrier(_rounded(dtype, wide))  # in the product's loop, not in its readers'
+  # A TPU sums in that loop too, what was not rounded yet; others would keep that for it.
+  in_loop, later = lambda wide, _: _total(wide), lambda _, rounded: _total(rounded)
   found = (
     summed("...o,io->...i", dtype, of_before, up),
     _of_weight(dtype, x, of_before),
-    _of_bias(dtype, of_before),
+    jax.lax.platform_dependent(wide, of_before, tpu=in_loop, default=later),
     _of_weight(dtype, inner, slope_out),
     _of_bias(dtype, slope_out),
   )

@@ -327,7 +327,7 @@ def architectures(model: config.Model) -> tuple[config.Architecture, config.Arch
 
 
 def arguments(
-  settings: Config, train: config.Train, over: Mesh
+  settings: Config, train: config.Train, over: Mesh, texts: batches.Texts | None = None
 ) -> tuple[step.State, scores.Batch, jax.ShapeDtypeStruct]:
   """The step's arguments as shapes with shardings: no array is made. Call it under the mesh."""
 
@@ -346,7 +346,7 @@ def arguments(
   state = jax.tree.map(lambda x: placed(x, P() if x.sharding is None else x.sharding.spec), state)
   number = lambda *shape: placed(jax.ShapeDtypeStruct(shape, jnp.int32), P("data"))
   data, b, p = settings.data, train.batch, train.batch * (1 + train.negatives)
-  layout = batches.layout(data, train, over.size)
+  layout = batches.layout(data, train, over.size, texts)
   shapes = layout.rows(train.batch)
 
   def rows(tower: str, texts: int, longest: int, lead: int) -> Any:
@@ -411,8 +411,11 @@ def telling(label: str, every: float = 30.0) -> Iterator[None]:
   say(f"  {label}: compiled in {clock(time.monotonic() - begin)}")
 
 
-def plan(settings: Config, stage: Stage, topology: str) -> Plan:
-  """Compiles the stage's step for the slice. `DoesNotFit` where a chip's memory is too small, other `UserError`s."""
+def plan(settings: Config, stage: Stage, topology: str, texts: batches.Texts | None = None) -> Plan:
+  """Compiles the stage's step for the slice. `DoesNotFit` where a chip's memory is too small, other `UserError`s.
+
+  Packed rows are as many as texts of such lengths need; None: as if every text were the longest.
+  """
   train: config.Train = getattr(settings, stage)
   chips = slice_of(topology)
   shapes = architectures(settings.model)
@@ -421,7 +424,7 @@ def plan(settings: Config, stage: Stage, topology: str) -> Plan:
   check(settings.data.pair_length <= longest, "data.passage_length", settings.data.passage_length, "too long a pair")
   slice_mesh = mesh.make(devices(topology))
   with jax.set_mesh(slice_mesh), telling(f"{topology}, {stage}"):
-    state, batch, key = arguments(settings, train, slice_mesh)
+    state, batch, key = arguments(settings, train, slice_mesh, texts)
     jitted: Any = step.make_train_step(settings.model, train)
     lowered = jitted.lower(state, batch, key)
     try:
@@ -452,15 +455,14 @@ def plan(settings: Config, stage: Stage, topology: str) -> Plan:
     "temporaries": stats.temp_size_in_bytes,
     "generated code": stats.generated_code_size_in_bytes,
   }
+  rows = batches.layout(settings.data, train, chips, texts).rows(train.batch)
   return Plan(
     stage,
     topology,
     chips,
     train,
     memory,
-    cost.flops(
-      *shapes, settings.model, train, settings.data, batches.layout(settings.data, train, chips).rows(train.batch)
-    ),
+    cost.flops(*shapes, settings.model, train, settings.data, rows),
     total_cycles(found, entry),
     collectives(found, entry, chips),
     operations(found, entry, sources(hlo)),

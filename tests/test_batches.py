@@ -186,6 +186,7 @@ def test_first_fit_keeps_texts_apart_and_fills_rows():
 
 
 PACKED = dataclasses.replace(DATA, pack=24)
+PARTS = ("queries", "passages", "pairs")
 
 
 def test_packed_batches_hold_what_padded_ones_hold(texts):
@@ -219,6 +220,12 @@ def test_packed_batches_hold_what_padded_ones_hold(texts):
   assert len(seen) + len(waiting) == state[-1]["next"]  # 184 examples are 8 epochs
   counts = np.bincount(seen, minlength=23)
   assert counts.max() - counts.min() <= 1 + len(waiting)
+
+
+def test_rows_are_a_whole_number_of_packs(texts):
+  """Those of a tower whose texts may be longer than one are two, here of pairs: 17 tokens."""
+  for pack, length in ((10, {"queries": 10, "passages": 10, "pairs": 20}), (17, dict.fromkeys(PARTS, 17))):
+    assert batches.layout(dataclasses.replace(DATA, pack=pack), TRAIN, 1, texts).length == length
 
 
 def test_packed_hosts_make_their_units_of_one_global_batch_and_go_on_where_one_stopped(texts):

@@ -46,7 +46,10 @@ def test_a_rounded_product_sums_rounded_operands_in_float32_and_so_does_its_grad
   near(of_w, rounded(x).T @ rounded(slope))
   near(of_bias, np.asarray(slope, np.float64).sum(0))
   assert value.dtype == of_x.dtype == of_w.dtype == of_bias.dtype == jnp.float32
-  near(kernels._by_ones("bfloat16", slope.reshape(1, n, o)), rounded(slope).sum(0))  # the one of a TPU
+  near(kernels._by_ones("bfloat16", slope.reshape(1, n, o)), rounded(slope).sum(0))  # those of a TPU
+  few = lambda a: jnp.asarray(rounded(a), jnp.float32)  # a CPU has no such product of bfloat16
+  near(kernels._tokens_last("float32", "io", few(x).reshape(1, n, i), few(w), bias)[0], value)
+  near(kernels._tokens_last("float32", "oi", few(slope), few(w), None), of_x)
   batched = jax.vjp(lambda *given: affine(*given, "bfloat16"), x.reshape(1, n, i), w, bias)
   for one, other in zip((batched[0], *batched[1](slope.reshape(1, n, o))), (value, of_x, of_w, of_bias)):
     near(one.reshape(other.shape), other)
