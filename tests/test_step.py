@@ -386,7 +386,7 @@ def test_every_part_moves_at_its_own_rate(tiny_params):
   train = dataclasses.replace(FULL, weights=Weights.only(nll_ce=1, nll_de=1, nll_li=1), optimizer=optimizer)
   made = step.make_optimizer(model, train)
   ones = jax.tree.map(jnp.ones_like, params)
-  moves, _ = made.update(ones, made.init(params), params)
+  moves, _ = made.update(ones, made.init(params), params, norm=1.0)
   found = dict(zip(jax.tree.leaves(step.names(moves)), (float(-x.max()) for x in jax.tree.leaves(moves))))
   for name, move in found.items():
     head = name.startswith(("student.projection", "teacher.head"))
