@@ -66,16 +66,18 @@ def owned(rows: Rows) -> Int[Array, "t k"]:
   return jnp.where(there & own, jnp.sign(segments), 0)
 
 
-def twice(rows: Rows) -> Rows:
-  """All texts, then all of them again."""
-  again = jax.tree.map(lambda x: jnp.concatenate([x, x]), rows)
-  if rows.starts is None:
-    return again
-  more = rows.segments + rows.unit * jnp.sign(rows.segments)
-  return again.replace(
-    segments=jnp.concatenate([rows.segments, more]),
-    starts=jnp.concatenate([rows.starts, rows.starts + rows.tokens.size]),
-    unit=2 * rows.unit,
+def joined(a: Rows, b: Rows) -> Rows:
+  """The texts of both, in rows of the same length, and of the same kind."""
+  both: Any = jax.tree.map(
+    lambda x, y: jnp.concatenate([x, y]), a, dataclasses.replace(b, unit=a.unit, longest=a.longest)
+  )
+  if a.starts is None:
+    return both
+  return both.replace(
+    segments=jnp.concatenate([a.segments, b.segments + a.unit * jnp.sign(b.segments)]),
+    starts=jnp.concatenate([a.starts, b.starts + a.tokens.size]),
+    unit=a.unit + b.unit,
+    longest=max(a.longest, b.longest),
   )
 
 

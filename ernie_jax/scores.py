@@ -23,11 +23,11 @@ from ernie_jax.encoder import (
   by_text,
   drop,
   first,
+  joined,
   linear,
   norm,
   owned,
   seeds,
-  twice,
   with_dropout,
 )
 from ernie_jax.kernels import ACTIVATIONS
@@ -153,6 +153,16 @@ class Embeddings:
   hidden: Float[Array, "n l m h"] = struct.field(default=None)  # after each layer, in the model's dtype (VIRT)
 
 
+def repeated(rows: Rows, noise: Noise | None, copies: int) -> tuple[Rows, Noise | None]:
+  """The texts once, or twice, each time under noise of their own."""
+  if copies == 1:
+    return rows, noise
+  if noise is not None:
+    texts = jnp.concatenate([noise.texts * copies + i for i in range(copies)])
+    noise = Noise(noise.seeds, texts, jnp.zeros_like(texts))
+  return joined(rows, rows), noise
+
+
 def embed(
   student: Student,
   model: config.Model,
@@ -169,14 +179,55 @@ def embed(
   With `copies=2` every text goes through the same pass twice, the second time under noise of its own, for the twin.
   """
   encoder = student.query_encoder if query and student.query_encoder is not None else student.encoder
-  several, numbers = rows, noise
-  if copies > 1:
-    several = twice(rows)
-    if noise is not None:
-      texts = jnp.concatenate([noise.texts * copies + i for i in range(copies)])
-      numbers = Noise(noise.seeds, texts, jnp.zeros_like(texts))
+  several, numbers = repeated(rows, noise, copies)
   alone = model.pooling == "cls" and not late and noise is None and not every
   hidden, _ = encoder(several, numbers, leads=alone, every=every)
+  return embeddings(student, model, rows, several, hidden, alone=alone, late=late, copies=copies, every=every)
+
+
+def embed_both(
+  student: Student,
+  model: config.Model,
+  queries: Rows,
+  passages: Rows,
+  noises: tuple[Noise | None, Noise | None],
+  **settings: Any,
+) -> tuple[Embeddings, Embeddings]:
+  """`embed` of queries and of passages: in one pass where one encoder reads both and their rows are alike."""
+  alike = [(rows.tokens.shape[1], rows.starts is None, rows.lead) for rows in (queries, passages)]
+  if student.query_encoder is not None or alike[0] != alike[1]:
+    both = ((queries, noises[0], True), (passages, noises[1], False))
+    q, p = (embed(student, model, *one, **settings) for one in both)
+    return q, p
+  (q_rows, q_noise), (p_rows, p_noise) = (
+    repeated(*one, settings["copies"]) for one in zip((queries, passages), noises)
+  )
+  noise = q_noise
+  if q_noise is not None and p_noise is not None:
+    texts, positions = (jnp.concatenate(x) for x in zip(*((n.texts, n.positions) for n in (q_noise, p_noise))))
+    noise = Noise(q_noise.seeds, texts, positions)
+  hidden, _ = student.encoder(joined(q_rows, p_rows), noise, every=settings["every"])
+  own = jax.lax.split(hidden, (len(q_rows.tokens), len(p_rows.tokens)), int(settings["every"]))
+  return (
+    embeddings(student, model, queries, q_rows, own[0], **settings),
+    embeddings(student, model, passages, p_rows, own[1], **settings),
+  )
+
+
+def embeddings(
+  student: Student,
+  model: config.Model,
+  rows: Rows,
+  several: Rows,
+  hidden: Float[Array, "*every n l h"],
+  *,
+  alone: bool = False,
+  late: bool,
+  copies: int,
+  every: bool,
+) -> Embeddings:
+  """What hidden states of `several`, the `repeated` rows, say of the texts; `alone`: they are of first tokens only."""
+  dtype, special = student.encoder.dtype, jnp.array(student.encoder.architecture.special or (-1,))
   layers: Any = None
   if every:
     layers = by_text(jnp.moveaxis(hidden[:, : len(rows.tokens)], 0, 2), rows)
@@ -194,10 +245,9 @@ def embed(
   tokens: Any = None
   if late:
     one = hidden[: len(rows.tokens)].astype(jnp.float32)
-    tokens = by_text(unit(one if student.projection is None else student.projection(one)).astype(encoder.dtype), rows)
+    tokens = by_text(unit(one if student.projection is None else student.projection(one)).astype(dtype), rows)
   twin: Any = vectors[1] if copies > 1 else None
   mask = owned(rows) != 0
-  special = jnp.array(encoder.architecture.special or (-1,))
   return Embeddings(vectors[0], mask, mask & ~jnp.isin(by_text(rows.tokens, rows), special), tokens, twin, layers)
 
 
@@ -385,8 +435,9 @@ def towers(
     every = own(jax.vmap(cut, out_axes=1)(attention[jnp.array(layers)]))
     return own(logits), every[:, :, -1] if weights.kl_attention else None, every
 
-  def embedded(tower, rows, numbers):
-    return embed(student, model, rows, noise(tower, numbers), tower == "query", **settings)
+  def embedded(queries, passages, numbers):
+    noises = noise("student", numbers * 2 + 1), noise("student", lists(numbers) * 2)
+    return embed_both(student, model, queries, passages, noises, **settings)
 
   queries: Any = None
   passages: Any = None
@@ -394,8 +445,7 @@ def towers(
   attention: Any = None
   attentions: Any = None
   if weights.needs_student:
-    queries = in_chunks(partial(embedded, "query"), count, batch.queries, numbers)
-    passages = in_chunks(lambda rows, n: embedded("passage", rows, lists(n)), count, batch.passages, numbers)
+    queries, passages = in_chunks(embedded, count, batch.queries, batch.passages, numbers)
   if train.needs_cross:
     logits, attention, attentions = in_chunks(scored, count, batch.pairs, batch.passages, numbers)
   return Towers(queries, passages, logits, attention, attentions)
@@ -406,7 +456,7 @@ def masked_everywhere(
 ) -> Float[Array, "b m"]:
   """`masked` of all rows of the global batch, on each device its own, a chunk at a time."""
   encoder = params["student"].encoder
-  # The towers' keys are the first three of the same kind.
+  # The towers' keys are the first two of the same kind.
   site = None if key is None else seeds(jax.random.fold_in(key, 3), encoder.architecture.layers + 1, 3)
 
   def local(given, batch, numbers):
@@ -433,9 +483,8 @@ def score(params: Params, batch: Batch, model: config.Model, train: config.Train
   own = lambda x: x.reshape(size, len(batch.texts) // size, *x.shape[1:])  # [B*K, ...] -> [B, K, ...]
   sites = lambda encoder, more: encoder.architecture.layers + 1 + more
   student = params["student"]
-  places = {"cross": sites(params["teacher"].encoder or student.encoder, 1)}
-  places |= {"query": sites(student.encoder, 0), "passage": sites(student.encoder, 0)}
-  keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+  places = {"cross": sites(params["teacher"].encoder or student.encoder, 1), "student": sites(student.encoder, 0)}
+  keys = (None,) * 2 if key is None else jax.random.split(key)
   noisy = {name: None if k is None else seeds(k, places[name], 3) for name, k in zip(places, keys)}
   if train.teacher == "frozen":
     noisy["cross"] = None
