@@ -15,30 +15,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from ernie_jax import batches, columns, cost, plan
+from ernie_jax import batches, cost, plan
 from ernie_jax.config import Architecture, Config, Data, Model, Train, UserError, Weights
 
 BASE = Architecture(vocabulary=30522, width=768, layers=12, heads=12, inner=3072, positions=512, types=4)
 LARGE = Architecture(vocabulary=30522, width=1024, layers=24, heads=16, inner=4096, positions=512, types=4)
 TEACHERS = {"base": BASE, "large": LARGE}
 ROWS = ("padded", "packed")
+TOKENS = (10.6, 80)  # of queries and passages: corpora.py's texts fill 33 and 60 % of 32 and 128 (loader.py)
 STEPS = {
   "dual": ("cascade", Weights.only(nll_de=1)),
   "interaction": ("interaction", Weights.only(nll_de=1, nll_li=1, kl_li_de=1)),
   "cascade": ("cascade", dataclasses.replace(Weights(), dualreg_query=0, dualreg_passage=0)),
 }
-
-
-def lengths(count: int = 4096) -> batches.Texts:
-  """Texts of MS MARCO's numbers of tokens (corpora.py's, as loader.py finds them: 60 and 33 % of 128 and 32)."""
-  rng = np.random.default_rng(0)
-  unused: Any = None
-  texts = lambda mean, shape: columns.ragged(
-    [np.zeros(max(1, round(n)), np.int32) for n in rng.gamma(shape, mean / shape, count)]
-  )
-  own = columns.ragged([np.array([i]) for i in range(count)])
-  empty = columns.ragged([np.zeros(0, np.int32)] * count)
-  return batches.Texts(texts(8.6, 4), texts(78, 5), np.arange(count), own, empty, unused)
 
 
 def useful(settings: Config, made: plan.Plan, texts: batches.Texts) -> float:
@@ -99,7 +88,7 @@ def main() -> None:
   print(
     "| step | teacher | slice | rows | cycles | GiB | step, s | collectives | MFU | useful MFU |\n" + "|---" * 10 + "|"
   )
-  texts = lengths()
+  texts = plan.typical(*TOKENS)
   for topology in chosen.topologies:
     for step in chosen.steps:
       for teacher in chosen.teachers if step == "cascade" else chosen.teachers[:1]:

@@ -16,19 +16,21 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ernie_jax import batches, config, cost, mesh, scores, step
+from ernie_jax import batches, columns, config, cost, mesh, scores, step
 from ernie_jax.config import Config, Stage, UserError, check, first_line
 from ernie_jax.cost import GIB
 from ernie_jax.encoder import Rows
 from ernie_jax.progress import clock, say
+from ernie_jax.tokens import Tokenizer
 
 
 class Family(NamedTuple):
@@ -411,6 +413,17 @@ def telling(label: str, every: float = 30.0) -> Iterator[None]:
   say(f"  {label}: compiled in {clock(time.monotonic() - begin)}")
 
 
+def typical(query: float, passage: float, count: int = 4096) -> batches.Texts:
+  """Texts without content whose lengths are distributed as MS MARCO's (gamma), with so many tokens on average."""
+  rng, no_tokenizer = np.random.default_rng(0), cast(Tokenizer, None)
+  special = 2
+  column = lambda mean, shape: columns.ragged(
+    [np.zeros(max(1, round(n)), np.int32) for n in rng.gamma(shape, (mean - special) / shape, count)]
+  )
+  own, none = columns.ragged([np.array([i]) for i in range(count)]), columns.ragged([np.zeros(0, np.int32)] * count)
+  return batches.Texts(column(query, 4), column(passage, 5), np.arange(count), own, none, no_tokenizer)
+
+
 def plan(settings: Config, stage: Stage, topology: str, texts: batches.Texts | None = None) -> Plan:
   """Compiles the stage's step for the slice. `DoesNotFit` where a chip's memory is too small, other `UserError`s.
 
@@ -506,7 +519,7 @@ def table(made: Plan) -> str:
   return "\n".join(lines)
 
 
-def sweep(settings: Config, stage: Stage, topology: str) -> Iterator[str]:
+def sweep(settings: Config, stage: Stage, topology: str, texts: batches.Texts | None = None) -> Iterator[str]:
   """Weak scaling over 16 to 256 chips of the topology's family, its batch per chip held; one line each, as it comes."""
   family = topology.split(":")[0]
   train: config.Train = getattr(settings, stage)
@@ -520,7 +533,7 @@ def sweep(settings: Config, stage: Stage, topology: str) -> Iterator[str]:
     changed: dict[str, Any] = {stage: dataclasses.replace(train, batch=batch)}
     own = dataclasses.replace(settings, **changed)
     try:
-      made = plan(own, stage, name)
+      made = plan(own, stage, name, texts)
     except DoesNotFit as error:
       yield f"{name:12} {slice_of(name):5d} {batch:7d} does not fit: {str(error).partition(': ')[2].partition(';')[0]}"
       continue

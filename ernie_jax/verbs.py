@@ -162,6 +162,9 @@ class Plan:
   topology: str = "v5e:16x16"  # the slice: v5e:RxC, v6e:RxC or v5p:AxBxC chips
   stage: Stage = "cascade"
   sweep: bool = False  # 16, 32, 64, 128 and 256 chips, with the batch per chip that topology has
+  # Tokens of queries and passages on average before they are cut, which tells how many packed rows there are; MS MARCO
+  # has 11 80. None: as many as if every text were the longest.
+  tokens: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -652,11 +655,14 @@ def plan(args: Sequence[str]) -> None:
   chosen = parse(Plan, "plan CONFIG", args[named:], Plan(settings))
   from ernie_jax import plan as planning
 
+  if chosen.tokens and min(chosen.tokens) < 3:
+    raise UserError(f"--tokens {chosen.tokens}: a text has 3 tokens at least: [CLS], a word, [SEP]")
+  texts = planning.typical(*chosen.tokens) if chosen.tokens else None
   if chosen.sweep:
-    for line in planning.sweep(chosen.config, chosen.stage, chosen.topology):
+    for line in planning.sweep(chosen.config, chosen.stage, chosen.topology, texts):
       print(line, flush=True)
     return
-  print(planning.table(planning.plan(chosen.config, chosen.stage, chosen.topology)))
+  print(planning.table(planning.plan(chosen.config, chosen.stage, chosen.topology, texts)))
 
 
 def report(args: Sequence[str]) -> None:

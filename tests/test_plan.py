@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from conftest import TINY, make_batch
 
@@ -205,6 +206,20 @@ def test_a_step_of_post_training_has_the_shapes_of_its_batches(pairs):
   assert set(terms) == weights.active
 
 
+def test_packed_rows_are_as_many_as_texts_of_such_lengths_need():
+  """512 passages of 79 tokens on average; without lengths, each may be as long as a row."""
+  settings, train = Config(data=Data(pack=128)), Train(batch=64, negatives=7)
+  one = mesh.make(jax.devices()[:1])
+  with jax.set_mesh(one):
+    rows = [plan.arguments(settings, train, one, t)[1].passages.tokens.shape for t in (None, plan.typical(11, 80))]
+  assert rows[0] == (512, 128)
+  assert rows[1][1] == 128
+  assert 512 * 79 / 128 < rows[1][0] < 1.1 * 512 * 79 / 128
+  lengths = plan.typical(11, 80).passages.lengths
+  np.testing.assert_allclose(lengths.mean() + 2, 80, rtol=0.02)
+  np.testing.assert_allclose(np.percentile(lengths, 99), 2.3 * 78, rtol=0.05)  # gamma of shape 5
+
+
 def test_bytes_held_count_one_share():
   with jax.set_mesh(mesh.make()):
     _, batch, _ = plan.arguments(Config(), Train(batch=64, negatives=1), mesh.make())
@@ -268,7 +283,7 @@ def test_the_table():
 
 
 def test_a_sweep_holds_the_batch_of_a_chip(monkeypatch):
-  def fake(settings, stage, name):
+  def fake(settings, stage, name, texts):
     if name == "v5e:8x8":
       raise plan.DoesNotFit("v5e:8x8: the cascade step needs 20.00 of 15.75 GiB on each chip; try less")
     return made(name, 3 * 10**8 if name == "v5e:4x4" else 6 * 10**8, settings.cascade.batch)
@@ -290,9 +305,19 @@ def test_a_sweep_holds_the_batch_of_a_chip(monkeypatch):
 def test_the_verb(monkeypatch, capsys, tmp_path):
   file = tmp_path / "c.py"
   file.write_text("from ernie_jax.config import Config\nconfig = Config()\n")
-  monkeypatch.setattr(plan, "plan", lambda settings, stage, name: made(name, 3 * 10**8, settings.cascade.batch))
+  seen = []
+  monkeypatch.setattr(
+    plan,
+    "plan",
+    lambda settings, stage, name, texts: seen.append(texts) or made(name, 3 * 10**8, settings.cascade.batch),
+  )
   assert main(["plan", str(file), "--topology", "v5e:4x4", "--cascade.batch", "32"]) == 0
   assert "cascade step of 32 queries x 2 passages" in capsys.readouterr().out
+  assert main(["plan", str(file), "--topology", "v5e:4x4", "--cascade.batch", "32", "--tokens", "11", "80"]) == 0
+  assert seen[0] is None
+  assert round(seen[1].queries.lengths.mean()) == 9
+  assert main(["plan", str(file), "--tokens", "2", "80"]) == 2
+  assert "--tokens (2, 80): a text has 3 tokens at least" in capsys.readouterr().err
   assert main(["plan"]) == 2
   assert "plan: name a configuration file first" in capsys.readouterr().err
 
