@@ -246,6 +246,8 @@ def collectives(found: dict[str, list[str]], name: str, chips: int) -> list[Coll
   One that runs beside other work is written into many fusions, in parts of the same channel: it counts once, as often
   as its rarest part.
   """
+  # A TPU's way to scatter: an operation of that name, in which all is reduced and a part taken.
+  scattered = {line for part, lines in found.items() if part.startswith("all-reduce-scatter") for line in lines}
   plain: list[Collective] = []
   parts: dict[tuple[str, str], Collective] = {}
   for line, times in walk(found, name):
@@ -258,6 +260,8 @@ def collectives(found: dict[str, list[str]], name: str, chips: int) -> list[Coll
       amount = amount * chips // (chips + 1)
     elif kind == "reduce-scatter":  # the result is one part
       amount *= chips
+    if line in scattered:
+      kind = "reduce-scatter"
     here = Collective(kind, amount, times)
     if '"async_collective_fusion_config"' in line and (channel := re.search(r"channel_id=(\d+)", line)):
       other = parts.setdefault((kind, channel.group(1)), here)

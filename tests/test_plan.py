@@ -124,6 +124,18 @@ def test_collectives_in_every_form():
   )
 
 
+def test_a_reduction_of_which_each_takes_a_part_is_no_all_reduce():
+  hlo = """%all-reduce-scatter (input: f32[8,4]) -> f32[2,4] {
+  %all-reduce.1 = f32[8,4]{1,0} all-reduce(%input), channel_id=4, to_apply=%add
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[2,4] {
+  %fusion.1 = f32[2,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+}
+"""
+  assert plan.collectives(*plan.computations(hlo), chips=4) == [Collective("reduce-scatter", 8 * 4 * 4, 1)]
+
+
 @pytest.mark.parametrize(
   ("shape", "size"),
   [("f32[]", 4), ("pred[3]{0}", 3), ("(bf16[2,3], /*index=1*/u32[2]{0:S(4)})", 20), ("f8e4m3fn[8]", 8), ("s4[8]", 4)],
