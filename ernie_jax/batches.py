@@ -151,7 +151,9 @@ class Queue:
       self.overflows[found[1]] += 1
       tokens = lambda example, tower=found[1]: int(example.sizes[tower].sum())
       if patience > 50 * PATIENCE * size:
-        raise UserError(f"data.pack={room[found[1]][1]}: {size} queries are too few to be packed together; raise chunk")
+        raise UserError(
+          f"data.pack: {size} queries are too few to be packed together in rows of {room[found[1]][1]}; raise chunk"
+        )
       # The first stays: it may have waited before, and so none waits for ever.
       if len(late) < patience:
         late.append(chosen.pop(max(range(1, size), key=lambda i: tokens(chosen[i]))))

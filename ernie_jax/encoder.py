@@ -246,11 +246,13 @@ class Layer(nnx.Module):
     a = self.architecture
     noises = (None,) * 3 if noise is None else [noise.at(noise.seeds[i]) for i in range(3)]
     heads = lambda y: y.reshape(*y.shape[:2], a.heads, a.width // a.heads)
-    keyed, value = heads(self.key(x, "written")), heads(self.value(x, "written"))
+    # The tokens of packed texts are gathered one by one: better as they are.
+    how: Any = None if leads is not None and leads.starts is not None else "written"
+    keyed, value = heads(self.key(x, how)), heads(self.value(x, how))
     if leads is not None:
       x, keyed, value = first(x, leads)[:, None], by_text(keyed, leads), by_text(value, leads)
       mask = (owned(leads) > 0)[:, None, None, :]
-    query = heads(self.query(x, "written"))
+    query = heads(self.query(x, how))
     mixed, attention = attend(query, keyed, value, mask, a.attention_dropout, noises[0])
     x = self.attention_norm(x + drop(self.output(mixed.reshape(x.shape), "read"), a.dropout, noises[1])).astype(x.dtype)
     inner = feed_forward(x, self.up, self.down, a.activation)

@@ -33,8 +33,8 @@ def affine(
 ) -> Float[Array, "*n o"]:
   """x w + bias, of operands rounded to `dtype` and summed in float32 or wider; the result has the dtype of `x`.
 
-  The two products of the gradient are made likewise; the bias' is a sum, on a TPU of what is rounded. `heads` says that
-  the result is written for heads of attention, or x read from them: a TPU's layout of it, nothing else, depends on it.
+  The two products of the gradient are made likewise; the bias' is a sum, on a TPU of what is rounded unless `heads` is
+  "written". It says that the result is written for heads of attention, or x read from them, and so a TPU's layout.
   """
   return _affine(dtype, heads, x, w, bias)
 

@@ -333,7 +333,7 @@ def architectures(model: config.Model) -> tuple[config.Architecture, config.Arch
 
 
 def arguments(
-  settings: Config, train: config.Train, over: Mesh, texts: batches.Texts | None = None
+  settings: Config, train: config.Train, over: Mesh, layout: batches.Layout | None = None
 ) -> tuple[step.State, scores.Batch, jax.ShapeDtypeStruct]:
   """The step's arguments as shapes with shardings: no array is made. Call it under the mesh."""
 
@@ -352,7 +352,7 @@ def arguments(
   state = jax.tree.map(lambda x: placed(x, P() if x.sharding is None else x.sharding.spec), state)
   number = lambda *shape: placed(jax.ShapeDtypeStruct(shape, jnp.int32), P("data"))
   data, b, p = settings.data, train.batch, train.batch * (1 + train.negatives)
-  layout = batches.layout(data, train, over.size, texts)
+  layout = layout or batches.layout(data, train, over.size)
   shapes = layout.rows(train.batch)
 
   def rows(tower: str, texts: int, longest: int, lead: int) -> Any:
@@ -418,9 +418,11 @@ def telling(label: str, every: float = 30.0) -> Iterator[None]:
 
 
 def typical(query: float, passage: float, count: int = 4096) -> batches.Texts:
-  """Texts without content whose lengths are distributed as MS MARCO's (gamma), with so many tokens on average."""
-  rng, no_tokenizer = np.random.default_rng(0), cast(Tokenizer, None)
-  special = 2
+  """Texts without content whose lengths are distributed as MS MARCO's (gamma), with so many tokens on average.
+
+  Special tokens are included: two, a marker is not counted.
+  """
+  rng, no_tokenizer, special = np.random.default_rng(0), cast(Tokenizer, None), 2
   column = lambda mean, shape: columns.ragged(
     [np.zeros(max(1, round(n)), np.int32) for n in rng.gamma(shape, (mean - special) / shape, count)]
   )
@@ -439,9 +441,10 @@ def plan(settings: Config, stage: Stage, topology: str, texts: batches.Texts | N
   step.divides(train, chips)
   longest = min(a.positions for a in shapes)
   check(settings.data.pair_length <= longest, "data.passage_length", settings.data.passage_length, "too long a pair")
-  slice_mesh = mesh.make(devices(topology))
+  data = settings.data if texts is None else dataclasses.replace(settings.data, markers=False)
+  layout, slice_mesh = batches.layout(data, train, chips, texts), mesh.make(devices(topology))
   with jax.set_mesh(slice_mesh), telling(f"{topology}, {stage}"):
-    state, batch, key = arguments(settings, train, slice_mesh, texts)
+    state, batch, key = arguments(settings, train, slice_mesh, layout)
     jitted: Any = step.make_train_step(settings.model, train)
     lowered = jitted.lower(state, batch, key)
     try:
@@ -472,14 +475,13 @@ def plan(settings: Config, stage: Stage, topology: str, texts: batches.Texts | N
     "temporaries": stats.temp_size_in_bytes,
     "generated code": stats.generated_code_size_in_bytes,
   }
-  rows = batches.layout(settings.data, train, chips, texts).rows(train.batch)
   return Plan(
     stage,
     topology,
     chips,
     train,
     memory,
-    cost.flops(*shapes, settings.model, train, settings.data, rows),
+    cost.flops(*shapes, settings.model, train, settings.data, layout.rows(train.batch)),
     total_cycles(found, entry),
     collectives(found, entry, chips),
     operations(found, entry, sources(hlo)),

@@ -188,25 +188,24 @@ def embed(
 def embed_both(
   student: Student,
   model: config.Model,
-  queries: Rows,
-  passages: Rows,
-  noises: tuple[Noise | None, Noise | None],
+  rows: tuple[Rows, Rows],
+  seeds: UInt32[Array, "site 3 2"] | None,
+  numbers: tuple[UInt32[Array, "b"], UInt32[Array, "bk"]],
   **settings: Any,
 ) -> tuple[Embeddings, Embeddings]:
-  """`embed` of queries and of passages: in one pass where one encoder reads both and their rows are alike."""
-  alike = [(rows.tokens.shape[1], rows.starts is None, rows.lead) for rows in (queries, passages)]
+  """`embed` of queries and of passages: in one pass where one encoder reads both and their rows are alike.
+
+  `numbers` tell their texts' noise apart; without seeds there is none. All tokens are computed in the last layer too.
+  """
+  noise = lambda texts: None if seeds is None else Noise(seeds, texts, jnp.zeros_like(texts))
+  queries, passages = rows
+  alike = [(own.tokens.shape[1], own.starts is None, own.lead) for own in rows]
   if student.query_encoder is not None or alike[0] != alike[1]:
-    both = ((queries, noises[0], True), (passages, noises[1], False))
-    q, p = (embed(student, model, *one, **settings) for one in both)
+    q, p = (embed(student, model, *one, **settings) for one in zip(rows, map(noise, numbers), (True, False)))
     return q, p
-  (q_rows, q_noise), (p_rows, p_noise) = (
-    repeated(*one, settings["copies"]) for one in zip((queries, passages), noises)
-  )
-  noise = q_noise
-  if q_noise is not None and p_noise is not None:
-    texts, positions = (jnp.concatenate(x) for x in zip(*((n.texts, n.positions) for n in (q_noise, p_noise))))
-    noise = Noise(q_noise.seeds, texts, positions)
-  hidden, _ = student.encoder(joined(q_rows, p_rows), noise, every=settings["every"])
+  (q_rows, q_noise), (p_rows, p_noise) = (repeated(*one, settings["copies"]) for one in zip(rows, map(noise, numbers)))
+  both = None if q_noise is None or p_noise is None else noise(jnp.concatenate([q_noise.texts, p_noise.texts]))
+  hidden, _ = student.encoder(joined(q_rows, p_rows), both, every=settings["every"])
   own = jax.lax.split(hidden, (len(q_rows.tokens), len(p_rows.tokens)), int(settings["every"]))
   return (
     embeddings(student, model, queries, q_rows, own[0], **settings),
@@ -407,8 +406,8 @@ def towers(
     raise ValueError(f"a batch packed in units of {lists_of.unit // size} queries, encoded {chunk} at a time")
   count = len(numbers) // chunk
 
-  def noise(tower, texts):
-    return None if (own := seeds[tower]) is None else Noise(own, texts, jnp.zeros_like(texts))
+  def noise(texts):
+    return None if seeds["cross"] is None else Noise(seeds["cross"], texts, jnp.zeros_like(texts))
 
   lists = lambda numbers: (numbers[:, None] * size + jnp.arange(size, dtype=numbers.dtype)).ravel()
   student = params["student"]
@@ -420,7 +419,7 @@ def towers(
   layers = evenly(depth(params["teacher"] if params["teacher"].encoder else student), matched(params))
 
   def scored(pairs, passages, numbers):
-    logits, attention = cross(teaching, pairs, noise("cross", lists(numbers)), every=weights.virt > 0)
+    logits, attention = cross(teaching, pairs, noise(lists(numbers)), every=weights.virt > 0)
     own = lambda x: x.reshape(-1, size, *x.shape[1:])
     if not weights.kl_attention and not weights.virt:
       return own(logits), None, None
@@ -436,8 +435,8 @@ def towers(
     return own(logits), every[:, :, -1] if weights.kl_attention else None, every
 
   def embedded(queries, passages, numbers):
-    noises = noise("student", numbers * 2 + 1), noise("student", lists(numbers) * 2)
-    return embed_both(student, model, queries, passages, noises, **settings)
+    texts = numbers * 2 + 1, lists(numbers) * 2
+    return embed_both(student, model, (queries, passages), seeds["student"], texts, **settings)
 
   queries: Any = None
   passages: Any = None

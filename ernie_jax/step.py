@@ -116,7 +116,7 @@ def make_optimizer(model: config.Model, train: config.Train) -> optax.GradientTr
   )
 
 
-def moved(
+def updated(
   optimizer: optax.GradientTransformationExtraArgs,
   gradient: scores.Params,
   norm: Float[Array, ""],
@@ -125,8 +125,8 @@ def moved(
 ) -> tuple[scores.Params, optax.ApplyIfFiniteState]:
   """Parameters and state after an update; where the gradient's norm is not finite, before it, and counted.
 
-  It is `optax.apply_if_finite` with one reading of the gradient instead of three, and with moments and parameters
-  written in one loop.
+  `optax.apply_if_finite` and its like read the gradient three times, and write moments and parameters in loops of their
+  own. A finite gradient of infinite norm, beyond 1e19, does not count here either.
   """
   finite = jnp.isfinite(norm)
 
@@ -136,8 +136,7 @@ def moved(
 
   in_a_row = jnp.where(finite, 0, optax.safe_increment(state.notfinite_count))
   total = jnp.where(finite, state.total_notfinite, optax.safe_increment(state.total_notfinite))
-  use = finite | (in_a_row > MOST_SKIPPED)
-  params, inner = jax.lax.cond(use, move, lambda: (params, state.inner_state))
+  params, inner = jax.lax.cond(finite, move, lambda: (params, state.inner_state))
   return params, optax.ApplyIfFiniteState(in_a_row, finite, total, inner)
 
 
@@ -238,7 +237,7 @@ def make_train_step(
     (value, terms), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
     gradient, params = part(gradient, train), part(state.params, train)
     norm = optax.tree.norm(gradient)
-    params, moments = moved(optimizer, gradient, norm, state.optimizer, params)
+    params, moments = updated(optimizer, gradient, norm, state.optimizer, params)
     logs = terms | {
       "total": value,
       "gradient_norm": norm,

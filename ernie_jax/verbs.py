@@ -657,6 +657,8 @@ def plan(args: Sequence[str]) -> None:
 
   if chosen.tokens and min(chosen.tokens) < 3:
     raise UserError(f"--tokens {chosen.tokens}: a text has 3 tokens at least: [CLS], a word, [SEP]")
+  if chosen.tokens and chosen.config.data.pack is None:
+    raise UserError(f"--tokens {chosen.tokens}: tells how many packed rows there are; set --data.pack too")
   texts = planning.typical(*chosen.tokens) if chosen.tokens else None
   if chosen.sweep:
     for line in planning.sweep(chosen.config, chosen.stage, chosen.topology, texts):

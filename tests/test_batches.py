@@ -144,6 +144,8 @@ def test_packed_equals_padded(tiny_params):
     with jax.set_mesh(grid):
       loss = lambda p, b, settings=settings: step.loss(p, b, model, settings, jax.random.key(3))
       batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units)), grid)
+      lengths = [rows.tokens.shape[1] for rows in (batch.queries, batch.passages)]
+      assert (lengths[0] == lengths[1]) == (units > 0)  # packed, both go through the encoder together
       found.append(jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(mesh.whole(params, grid), batch)))
   ((_, padded), padded_gradient), ((_, packed), packed_gradient) = found
   assert set(padded) == train.weights.active
@@ -251,7 +253,7 @@ def test_long_examples_wait_and_none_for_ever():
   assert len(queue.waiting) <= 4
   assert sorted(seen + [e.number for e in queue.waiting]) == list(range(queue.next))
   assert max(abs(place - number) for place, number in enumerate(seen)) <= 12
-  with pytest.raises(UserError, match="too few to be packed together"):
+  with pytest.raises(UserError, match="too few to be packed together in rows of 24"):
     queue.unit(4, {"passages": (1, 24)})
 
 

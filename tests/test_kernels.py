@@ -49,6 +49,12 @@ def test_a_rounded_product_sums_rounded_operands_in_float32_and_so_does_its_grad
   near(kernels._by_ones("bfloat16", slope.reshape(1, n, o)), rounded(slope).sum(0))  # those of a TPU
   few = lambda a: jnp.asarray(rounded(a), jnp.float32)  # a CPU has no such product of bfloat16
   near(kernels._tokens_last("float32", "io", few(x).reshape(1, n, i), few(w), bias)[0], value)
+  halves = few(x)[: n // 2 * 2].reshape(2, -1, i)
+  near(kernels._tokens_last("float32", "io", halves, few(w), bias), value[: n // 2 * 2].reshape(2, -1, o))
+  for heads in ("written", "read"):
+    same, back = jax.vjp(lambda *given, heads=heads: affine(*given, "bfloat16", heads), x, w, bias)
+    for one, other in zip((same, *back(slope)), (value, of_x, of_w, of_bias), strict=True):
+      near(one, other)
   near(kernels._tokens_last("float32", "oi", few(slope), few(w), None), of_x)
   batched = jax.vjp(lambda *given: affine(*given, "bfloat16"), x.reshape(1, n, i), w, bias)
   for one, other in zip((batched[0], *batched[1](slope.reshape(1, n, o))), (value, of_x, of_w, of_bias)):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY, make_batch
 
-from ernie_jax import mesh, plan, step
+from ernie_jax import batches, mesh, plan, step
 from ernie_jax.__main__ import main
 from ernie_jax.config import Architecture, Config, Data, Model, Train, UserError, Weights
 from ernie_jax.plan import Collective
@@ -222,8 +222,9 @@ def test_packed_rows_are_as_many_as_texts_of_such_lengths_need():
   """512 passages of 79 tokens on average; without lengths, each may be as long as a row."""
   settings, train = Config(data=Data(pack=128)), Train(batch=64, negatives=7)
   one = mesh.make(jax.devices()[:1])
+  layouts = (None, batches.layout(settings.data, train, 1, plan.typical(11, 80)))
   with jax.set_mesh(one):
-    rows = [plan.arguments(settings, train, one, t)[1].passages.tokens.shape for t in (None, plan.typical(11, 80))]
+    rows = [plan.arguments(settings, train, one, own)[1].passages.tokens.shape for own in layouts]
   assert rows[0] == (512, 128)
   assert rows[1][1] == 128
   assert 512 * 79 / 128 < rows[1][0] < 1.1 * 512 * 79 / 128
@@ -325,9 +326,11 @@ def test_the_verb(monkeypatch, capsys, tmp_path):
   )
   assert main(["plan", str(file), "--topology", "v5e:4x4", "--cascade.batch", "32"]) == 0
   assert "cascade step of 32 queries x 2 passages" in capsys.readouterr().out
-  assert main(["plan", str(file), "--topology", "v5e:4x4", "--cascade.batch", "32", "--tokens", "11", "80"]) == 0
+  assert main(["plan", str(file), "--topology", "v5e:4x4", "--data.pack", "128", "--tokens", "11", "80"]) == 0
   assert seen[0] is None
   assert round(seen[1].queries.lengths.mean()) == 9
+  assert main(["plan", str(file), "--tokens", "11", "80"]) == 2
+  assert "set --data.pack too" in capsys.readouterr().err
   assert main(["plan", str(file), "--tokens", "2", "80"]) == 2
   assert "--tokens (2, 80): a text has 3 tokens at least" in capsys.readouterr().err
   assert main(["plan"]) == 2

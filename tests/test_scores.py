@@ -5,9 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import SPECIAL, TINY, distance, make_batch, make_rows
 
-from ernie_jax import config, scores, step
+from ernie_jax import config, encoder, scores, step
 from ernie_jax.encoder import Encoder
 
 rng = np.random.default_rng(0)
@@ -107,6 +108,40 @@ def test_a_passage_with_the_text_of_a_known_positive_is_never_a_negative(tiny_pa
   pool = score(model, params, dataclasses.replace(batch, texts=texts)).dual_pool
   assert np.isinf(pool[0, 1 + 5])
   assert np.isfinite(pool[1, 1 + 5])
+
+
+@pytest.mark.parametrize("units", [0, 1])
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_one_pass_over_queries_and_passages_equals_two(tiny_params, units, copies, noisy):
+  """Vectors, tokens, twins and hidden states of every layer, on rows that are alike; untied, there are two passes."""
+  model, params = tiny_params
+  batch = make_batch(lq=6, lp=9, units=units) if units else make_batch(lq=9, lp=9)
+  rows = batch.queries, batch.passages
+  assert rows[0].tokens.shape[1] == rows[1].tokens.shape[1]
+  seeds = encoder.seeds(jax.random.key(0), TINY.layers + 1, 3) if noisy else None
+  numbers = jnp.arange(8, dtype=jnp.uint32) * 2 + 1, jnp.arange(24, dtype=jnp.uint32) * 2
+  settings = {"late": True, "copies": copies, "every": True}
+
+  def apart(student):
+    noise = [None if seeds is None else encoder.Noise(seeds, n, jnp.zeros_like(n)) for n in numbers]
+    return tuple(scores.embed(student, model, *x, **settings) for x in zip(rows, noise, (True, False)))
+
+  student = params["student"]
+  both = jax.jit(lambda student: scores.embed_both(student, model, rows, seeds, numbers, **settings))
+  for found, expected in zip(both(student), jax.jit(apart)(student), strict=True):
+    there = np.asarray(expected.mask)
+    for name in ("vector", "twin"):
+      if getattr(expected, name) is not None:
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    for name in ("tokens", "hidden"):
+      got, wanted = (np.asarray(getattr(x, name))[there] for x in (found, expected))
+      np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  untied = dataclasses.replace(model, tied=False)
+  other = step.init_params(untied, TINY, TINY, jax.random.key(1))["student"]
+  other.query_encoder = student.encoder
+  q, _ = both(other)
+  np.testing.assert_allclose(q.vector, apart(student)[0].vector, rtol=1e-4, atol=1e-5)
 
 
 def test_mean_pooling_cosine_and_untied_towers():

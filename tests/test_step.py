@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import processes
 import pytest
 from conftest import TINY, distance, make_batch
@@ -106,6 +107,44 @@ def test_a_step_without_a_finite_gradient_changes_nothing_but_its_number(tiny_pa
   assert (int(logs["skipped"]), int(logs["skipped_in_a_row"])) == (1, 0)
   np.testing.assert_allclose(logs["learning_rate"], step.schedule(1e-3, train)(1), rtol=1e-6)
   assert distance(again.params, expected.params) > 1e-3
+
+
+@pytest.mark.parametrize("factor", [0.0, 1e-30, 0.1, 1.0, 30.0])
+def test_clipping_by_a_given_norm_is_optax_clipping(factor):
+  tree = {"a": factor * jnp.arange(-3.0, 4.0), "b": jnp.full((2, 2), factor)}
+  own, _ = step.clip_by(1.5).update(tree, optax.EmptyState(), norm=optax.tree.norm(tree))
+  expected, _ = optax.clip_by_global_norm(1.5).update(tree, optax.EmptyState())
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), own, expected)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_an_update_is_that_of_optax_whether_finite_or_not(tiny_params, shard):
+  """Parameters, which later moments tell of too, and counts; and the state is the same tree."""
+  model, params = tiny_params
+  train = dataclasses.replace(FULL, optimizer=Optimizer(learning_rate=1e-2, clip=0.5, shard=shard))
+  own = step.make_optimizer(model, train)
+  adamw = optax.adamw(
+    step.schedule(1e-2, train), weight_decay=0.01, mask=lambda t: jax.tree.map(step.decays, step.names(t))
+  )
+  theirs = optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(0.5), adamw), step.MOST_SKIPPED)
+  with jax.set_mesh(mesh.make()):
+    params = mesh.whole(params, mesh.make())
+    given = step.part(params, train)
+    state, other, expected = step.init_state(params, model, train).optimizer, theirs.init(given), given
+    ours = jax.jit(lambda *rest: step.updated(own, *rest))
+    wait = jax.block_until_ready  # programs with collectives that run at once may wait for each other
+    for spoilt in (False, True, True, False, False):
+      gradient = wait(
+        jax.jit(lambda t, bad=spoilt: jax.tree.map(lambda x: jnp.where(bad, jnp.nan, 1 + jnp.sin(x)), t))(given)
+      )
+      updates, other = wait(jax.jit(theirs.update)(gradient, other, expected))
+      expected = wait(jax.jit(optax.apply_updates)(expected, updates))
+      given, state = wait(ours(gradient, wait(jax.jit(optax.tree.norm)(gradient)), state, given))
+    assert distance(given, expected) < 1e-5
+    assert (int(state.total_notfinite), int(state.notfinite_count)) == (2, 0)
+    assert (int(other.total_notfinite), int(other.notfinite_count)) == (2, 0)
+    wrapped = optax.apply_if_finite(own, step.MOST_SKIPPED).init(given)
+    assert jax.tree.structure(state) == jax.tree.structure(wrapped)
 
 
 def test_a_split_optimizer_makes_the_same_step_with_less_memory(tiny_params):
