@@ -297,6 +297,44 @@ def maxsim(
   return jnp.where(query_mask, best, 0).sum(-1)
 
 
+@jax.custom_vjp
+def maxsim_of_all(
+  q: Float[Array, "b lq d"],
+  p: Float[Array, "c lp d"],
+  query_mask: Bool[Array, "b lq"],
+  passage_mask: Bool[Array, "c lp"],
+) -> Float[Array, "c b"]:
+  """`maxsim` of every query (float32, of products rounded to the dtype of `p`) with every passage.
+
+  The gradient goes to every passage token that is the best. JAX's own shares it among equals, for which it reads all
+  similarities twice more.
+  """
+  return _maxsim_forward(q, p, query_mask, passage_mask)[0]
+
+
+def _similarities(q, p, passage_mask):
+  """[c, lp, b, lq]: with query tokens innermost the largest is found element by element."""
+  found = jnp.einsum("cpd,bqd->cpbq", p, q.astype(p.dtype), preferred_element_type=jnp.float32)
+  return jnp.where(passage_mask[:, :, None, None], found, -jnp.inf)
+
+
+def _maxsim_forward(q, p, query_mask, passage_mask):
+  best = _similarities(q, p, passage_mask).max(1)
+  return jnp.where(query_mask, best, 0).sum(-1), (q, p, query_mask, passage_mask, best)
+
+
+def _maxsim_backward(kept, slope):
+  q, p, query_mask, passage_mask, best = kept
+  taken = (_similarities(q, p, passage_mask) == best[:, None]) & query_mask
+  share = jnp.where(taken, slope[:, None, :, None], 0).astype(p.dtype)
+  of_q = jnp.einsum("cpbq,cpd->bqd", share, p, preferred_element_type=jnp.float32)
+  of_p = jnp.einsum("cpbq,bqd->cpd", share, q.astype(p.dtype), preferred_element_type=jnp.float32)
+  return of_q.astype(q.dtype), of_p.astype(p.dtype), None, None
+
+
+maxsim_of_all.defvjp(_maxsim_forward, _maxsim_backward)
+
+
 TILE = 2**24  # token-to-token similarities that MaxSim over the pool holds at once, on each device
 
 
@@ -317,13 +355,11 @@ def maxsim_pool(q: Embeddings, p: Embeddings) -> Float[Array, "b p"]:
     @jax.checkpoint
     def one(own):
       tokens, mask = jax.tree.map(mesh.replicate, own)
-      narrow = wide.astype(tokens.dtype)
-      similarity = jnp.einsum("bqd,cpd->bcqp", narrow, tokens, preferred_element_type=jnp.float32)
-      return maxsim(similarity, q.mask[:, None], mask[None])
+      return maxsim_of_all(wide, tokens, q.mask, mask)
 
     turns = jax.tree.map(lambda x: x.reshape(-1, turn, *x.shape[1:]), (p.tokens, p.mask))
-    found = jax.lax.map(one, turns).reshape(-1, queries, devices, turn)
-    return found.transpose(1, 2, 0, 3).reshape(queries, devices * passages)
+    found = jax.lax.map(one, turns).reshape(-1, devices, turn, queries)
+    return found.transpose(3, 1, 0, 2).reshape(queries, devices * passages)
 
   return mesh.per_device(local, (), q, p)
 
