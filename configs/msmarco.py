@@ -1,6 +1,6 @@
 """MS MARCO passages with ERNIE 2.0: a base student, a large cross-encoder, all seven terms and DualReg.
 
-  ernie-jax plan configs/msmarco.py --topology v5e:16x16
+  ernie-jax plan configs/msmarco.py --topology v5e:16x16 --tokens 11 80
   ernie-jax run configs/msmarco.py --output runs/msmarco
 
 Microsoft's files lie in data/msmarco; `ernie-jax data msmarco --from data/msmarco` prepares and shows them.
@@ -13,7 +13,7 @@ base = Architecture(vocabulary=30522, width=768, layers=12, heads=12, inner=3072
 large = Architecture(vocabulary=30522, width=1024, layers=24, heads=16, inner=4096, positions=512, types=4)
 
 config = Config(
-  data=Data(name="msmarco", folder="data/msmarco", query_length=32, passage_length=128),
+  data=Data(name="msmarco", folder="data/msmarco", query_length=32, passage_length=128, pack=128),
   model=Model(
     start="nghuyong/ernie-2.0-base-en",
     scratch=base,  # the two shapes, so that `plan` needs no download
@@ -34,6 +34,6 @@ config = Config(
   warmup=Train(
     steps=1000, batch=1024, negatives=7, weights=Weights.only(nll_ce=1), optimizer=Optimizer(learning_rate=1e-5)
   ),
-  cascade=Train(steps=600, batch=8192, negatives=7, chunk=8, optimizer=Optimizer(learning_rate=3e-5)),
+  cascade=Train(steps=600, batch=8192, negatives=7, optimizer=Optimizer(learning_rate=3e-5)),
   evaluate=Evaluate(late_depth=1000, cross_depth=50),
 )
