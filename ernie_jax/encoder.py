@@ -118,6 +118,11 @@ def seeds(key: Key[Array, ""], *shape: int) -> UInt32[Array, "*shape 2"]:
   return jax.random.bits(key, (*shape, 2), jnp.uint32)
 
 
+def of_texts(seeds: UInt32[Array, "*site 2"] | None, texts: UInt32[Array, "t"]) -> Noise | None:
+  """Noise of whole texts, by their numbers; none without seeds."""
+  return None if seeds is None else Noise(seeds, texts, jnp.zeros_like(texts))
+
+
 def mix(x: UInt32[Array, "*n"]) -> UInt32[Array, "*n"]:
   """A 32-bit hash: multiply and xor-shift with the constants of Wellons' "lowbias32", which were searched for."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)

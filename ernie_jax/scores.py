@@ -26,6 +26,7 @@ from ernie_jax.encoder import (
   joined,
   linear,
   norm,
+  of_texts,
   owned,
   seeds,
   with_dropout,
@@ -159,7 +160,7 @@ def repeated(rows: Rows, noise: Noise | None, copies: int) -> tuple[Rows, Noise 
     return rows, noise
   if noise is not None:
     texts = jnp.concatenate([noise.texts * copies + i for i in range(copies)])
-    noise = Noise(noise.seeds, texts, jnp.zeros_like(texts))
+    noise = of_texts(noise.seeds, texts)
   return joined(rows, rows), noise
 
 
@@ -197,7 +198,7 @@ def embed_both(
 
   `numbers` tell their texts' noise apart; without seeds there is none. All tokens are computed in the last layer too.
   """
-  noise = lambda texts: None if seeds is None else Noise(seeds, texts, jnp.zeros_like(texts))
+  noise = partial(of_texts, seeds)
   queries, passages = rows
   alike = [(own.tokens.shape[1], own.starts is None, own.lead) for own in rows]
   if student.query_encoder is not None or alike[0] != alike[1]:
@@ -442,9 +443,6 @@ def towers(
     raise ValueError(f"a batch packed in units of {lists_of.unit // size} queries, encoded {chunk} at a time")
   count = len(numbers) // chunk
 
-  def noise(texts):
-    return None if seeds["cross"] is None else Noise(seeds["cross"], texts, jnp.zeros_like(texts))
-
   lists = lambda numbers: (numbers[:, None] * size + jnp.arange(size, dtype=numbers.dtype)).ravel()
   student = params["student"]
   settings: dict[str, Any] = {"late": weights.needs_late, "copies": 2 if weights.needs_twin else 1}
@@ -455,7 +453,7 @@ def towers(
   layers = evenly(depth(params["teacher"] if params["teacher"].encoder else student), matched(params))
 
   def scored(pairs, passages, numbers):
-    logits, attention = cross(teaching, pairs, noise(lists(numbers)), every=weights.virt > 0)
+    logits, attention = cross(teaching, pairs, of_texts(seeds["cross"], lists(numbers)), every=weights.virt > 0)
     own = lambda x: x.reshape(-1, size, *x.shape[1:])
     if not weights.kl_attention and not weights.virt:
       return own(logits), None, None
@@ -496,10 +494,9 @@ def masked_everywhere(
 
   def local(given, batch, numbers):
     params, site = given
-    noise = lambda texts: None if site is None else Noise(site, texts, jnp.zeros_like(texts))
     chunk = train.chunk or len(numbers)
     config.check(len(numbers) % chunk == 0, "chunk", chunk, f"does not divide {len(numbers)} rows of a device")
-    one = lambda own, numbers: masked(params, own, noise(numbers))
+    one = lambda own, numbers: masked(params, own, of_texts(site, numbers))
     return in_chunks(one, len(numbers) // chunk, batch, numbers)
 
   numbers = mesh.split(jnp.arange(len(batch.tokens), dtype=jnp.uint32))
