@@ -6,14 +6,17 @@
 ERNIE-base's shape for student and cross-encoder, MS MARCO's lengths, random texts, bfloat16, no dropout. Ours has a row
 for each text, or packed rows; PyTorch's is peers.py under autocast and `torch.compile`; sentence-transformers' loss is
 on the dual-encoder alone. First losses and gradient norms must agree. MFU is of real tokens, over the peak of a large
-product of bfloat16 matrices on this machine. Memory is the most that was held, by each framework's own count, of which
-ours covers all its sides before.
+product of random bfloat16 matrices on this machine (of ones it is faster). Memory is the most that was held, by each
+framework's own count, of which ours covers all its sides before.
 """
 
 import argparse
 import importlib.util
+import os
 import time
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the others need memory too
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +30,12 @@ DATA = Data(query_length=32, passage_length=128)
 TEMPERATURE = Temperatures(dual=0.05, late=0.5)
 WEIGHTS = {"dual": Weights.only(nll_de=1), "cascade": Weights(dualreg_query=0, dualreg_passage=0)}
 PACK = 256  # tokens of a packed row
+AHEAD = 4  # steps given to the device before one is waited for: training never lets it wait either
 
 
 def peak(size: int) -> float:
   """FLOP/s of a product of two bfloat16 matrices, the best of some."""
-  x = jnp.ones((size, size), jnp.bfloat16)
+  x = jax.random.normal(jax.random.key(0), (size, size), jnp.bfloat16)
   product = jax.jit(lambda x: x @ x)
   product(x).block_until_ready()
   best = np.inf
@@ -133,7 +137,7 @@ def main() -> None:
       steps.agree(first, ())
       for _ in range(chosen.turns + 2):
         for one in runners.values():
-          one()
+          one(AHEAD)
       useful = cost.flops(a, a, model, train, DATA, texts.shape()) * texts.real()
       base = np.median([wall for _, wall in runners[sides[0]].spent[3:]])
       for side, one in runners.items():

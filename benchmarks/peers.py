@@ -180,18 +180,20 @@ class Runner:
   def total(self) -> torch.Tensor:
     return self.forward(*self.texts)
 
-  def __call__(self) -> None:
+  def __call__(self, count: int = 1) -> None:
+    """So many steps, of which the last is waited for."""
     cpu, wall = time.process_time(), time.perf_counter()
-    with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-      loss = self.total()
-    self.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    self.norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, self.clip))
-    self.optimizer.step()
-    self.loss = float(loss.detach())
+    for _ in range(count):
+      with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
+        loss = self.total()
+      self.optimizer.zero_grad(set_to_none=True)
+      loss.backward()
+      norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+      self.optimizer.step()
+    self.loss, self.norm = float(loss.detach()), float(norm)
     if self.device == "cuda":
       torch.cuda.synchronize()
-    self.spent.append((time.process_time() - cpu, time.perf_counter() - wall))
+    self.spent.append(((time.process_time() - cpu) / count, (time.perf_counter() - wall) / count))
 
 
 class SentenceTransformers(Runner):

@@ -68,7 +68,7 @@ class Texts:
 
 def rows(texts: Sequence[np.ndarray], seconds: Sequence[int] | None, longest: int, pack: int | None) -> Rows:
   sizes = np.array([len(text) for text in texts])
-  length = longest if pack is None else max(pack, longest)
+  length = longest if pack is None else -(-longest // pack) * pack
   places = np.arange(len(texts)) * length if pack is None else batches.first_fit(sizes, length, len(texts))
   assert places is not None
   count = int(places.max()) // length + 1
@@ -84,7 +84,7 @@ def rows(texts: Sequence[np.ndarray], seconds: Sequence[int] | None, longest: in
 
 
 class Runner:
-  """A step, its state and its times, in seconds of the processor and of the wall clock."""
+  """A step, its state and the times of one, in seconds of the processor and of the wall clock."""
 
   def __init__(self, model: Model, train: Train, params: scores.Params, batch: scores.Batch):
     one = mesh.make(jax.devices()[:1])
@@ -93,12 +93,14 @@ class Runner:
     self.step, self.loss, self.norm = step.make_train_step(model, train), 0.0, 0.0
     self.spent: list[tuple[float, float]] = []
 
-  def __call__(self) -> None:
+  def __call__(self, count: int = 1) -> None:
+    """So many steps, of which the last is waited for."""
     cpu, wall = time.process_time(), time.perf_counter()
-    self.state, logs = self.step(self.state, self.batch, jax.random.key(0))
+    for _ in range(count):
+      self.state, logs = self.step(self.state, self.batch, jax.random.key(0))
     self.loss, self.norm = float(logs["total"]), float(logs["gradient_norm"])
     jax.block_until_ready(self.state)
-    self.spent.append((time.process_time() - cpu, time.perf_counter() - wall))
+    self.spent.append(((time.process_time() - cpu) / count, (time.perf_counter() - wall) / count))
 
 
 def parameters(model: Model, student: Architecture, teacher: Architecture) -> scores.Params:

@@ -55,27 +55,42 @@ def _turned(x):
   return with_layout_constraint(x.T, Layout((0, 1)))
 
 
-def _product(dtype, heads, x, w, bias=None, io="io"):
-  """x w + bias, in the dtype of `x`; "oi" for the transpose of w. With `heads` a TPU has its tokens innermost."""
-  plain = partial(_plain, dtype, io)
-  if not heads or dtype == "float32":
-    return plain(x, w, bias)
-  return jax.lax.platform_dependent(x, w, bias, tpu=partial(_tokens_last, dtype, io), default=plain)
+def _product(dtype, heads, x, w, bias=None, io="io", out=None):
+  """x w + bias, in the dtype `out` or that of `x`; "oi" for the transpose of w.
+
+  With `heads` a TPU has its tokens innermost.
+  """
+  out = jnp.dtype(out or x.dtype).name
+  ways = {} if dtype == "float32" else {"tpu": _tokens_last} if heads else {}
+  if out == dtype == "bfloat16":
+    ways["cuda"] = _at_once
+  ways = {platform: partial(way, dtype, io, out) for platform, way in ways.items()}
+  plain = partial(_plain, dtype, io, out)
+  return jax.lax.platform_dependent(x, w, bias, default=plain, **ways) if ways else plain(x, w, bias)
 
 
-def _plain(dtype, io, x, w, bias):
+def _plain(dtype, io, out, x, w, bias):
   y = summed(f"...i,{io}->...o", dtype, x, w)
-  return (y if bias is None else y + bias).astype(x.dtype)
+  return (y if bias is None else y + bias).astype(out)
 
 
-def _tokens_last(dtype, io, x, w, bias):
+def _at_once(dtype, io, out, x, w, bias):
+  """What `_plain` gives, but rounded before the bias too: what a GPU's product writes, it rounds.
+
+  Where the sum in float32 is asked for, that is what it writes, for another kernel to read and round.
+  """
+  y = jnp.einsum(f"...i,{io}->...o", *_rounded(dtype, x, w), preferred_element_type=out)
+  return y if bias is None else (y + bias).astype(out)
+
+
+def _tokens_last(dtype, io, out, x, w, bias):
   """What `_plain` gives, in the layout that attention's products by head read: a TPU copies the plain one into it.
 
   Without the barrier the compiler turns the product back.
   """
   before = _before(x)
   y = summed(f"{before}i,{io}->{before[:-1]}o{before[-1]}", dtype, x, w)
-  return jax.lax.optimization_barrier((y if bias is None else y + bias[:, None]).astype(x.dtype)).swapaxes(-1, -2)
+  return jax.lax.optimization_barrier((y if bias is None else y + bias[:, None]).astype(out)).swapaxes(-1, -2)
 
 
 def _before(x):
@@ -216,8 +231,9 @@ _WITH_SLOPE = {"gelu": _gelu_and_slope, "relu": _relu_and_slope}
 def feed_forward(x: Float[Array, "*n h"], up: Linear, down: Linear, activation: str) -> Float[Array, "*n h"]:
   """down(activation(up(x))) (Vaswani et al. 2017, section 3.3), in the dtype of `x`.
 
-  Between the products it is in float32 or wider. For the gradient the activation's value and slope are kept in the
-  products' dtype, so that the way back takes one multiplication, in the product before it, and no exponential.
+  Between the products it is in float32 or wider; on a GPU, of bfloat16, it is of what was rounded. For the gradient the
+  activation's value and slope are kept in the products' dtype, so that the way back takes one multiplication, in the
+  product before it, and no exponential. A GPU keeps what was before the activation instead of its slope.
   """
   assert up.bias is not None
   assert down.bias is not None
@@ -231,20 +247,46 @@ def _feed(dtype, activation, x, up, up_bias, down, down_bias):
 
 def _feed_forward(dtype, activation, x, up, up_bias, down, down_bias):
   like, (kept, up, down) = _like(x, up, up_bias, down, down_bias), _rounded(dtype, x, up, down)
-  inner, slope = _rounded(dtype, *_WITH_SLOPE[activation](summed("...i,io->...o", dtype, kept, up) + up_bias))
-  inner, slope = as_held(inner), jax.lax.optimization_barrier(slope)  # else it is made again from what comes before it
-  out = (summed("...i,io->...o", dtype, inner, down) + down_bias).astype(x.dtype)
-  return out, (kept, inner, slope, up, down, like)
+  ways = {"default": partial(_inner_and_slope, dtype, activation)}
+  if x.dtype == dtype == "bfloat16":
+    ways["cuda"] = partial(_inner_and_before, dtype, activation)
+  inner, slope = jax.lax.platform_dependent(kept, up, up_bias, **ways)
+  out = _product(dtype, None, inner, down, down_bias, out=x.dtype)
+  return out, (kept, inner, slope, up, up_bias, down, like)
+
+
+def _inner_and_slope(dtype, activation, x, up, bias):
+  inner, slope = _rounded(dtype, *_WITH_SLOPE[activation](summed("...i,io->...o", dtype, x, up) + bias))
+  return as_held(inner), jax.lax.optimization_barrier(slope)  # else it is made again from what comes before it
+
+
+def _inner_and_before(dtype, activation, x, up, bias):
+  """As on a GPU, whose product writes what is before bias and activation in any case."""
+  before = _at_once(dtype, "io", dtype, x, up, None)
+  # The barrier: else what value and slope have in common is written too, in float32.
+  return ACTIVATIONS[activation](before + bias).astype(dtype), jax.lax.optimization_barrier(before)
+
+
+def _times_slope(dtype, activation, slope_out, down, slope, bias):
+  return summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
+
+
+def _times_slope_of(dtype, activation, slope_out, down, before, bias):
+  wide = _wide(_at_once(dtype, "oi", dtype, slope_out, down, None))
+  return wide * _WITH_SLOPE[activation](before + bias)[1]
 
 
 def _feed_backward(dtype, activation, held, slope_out):
-  x, inner, slope, up, down, like = held
-  wide = summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
+  x, inner, slope, up, up_bias, down, like = held
+  ways = {"default": partial(_times_slope, dtype, activation)}
+  if like[0].dtype == dtype == "bfloat16":
+    ways["cuda"] = partial(_times_slope_of, dtype, activation)
+  wide = jax.lax.platform_dependent(slope_out, down, slope, up_bias, **ways)
   (of_before,) = jax.lax.optimization_barrier(_rounded(dtype, wide))  # in the product's loop, not in its readers'
   # A TPU sums in that loop too, what was not rounded yet; others would keep that for it.
   in_loop, later = lambda wide, _: _total(wide), lambda _, rounded: _total(rounded)
   found = (
-    summed("...o,io->...i", dtype, of_before, up),
+    _product(dtype, None, of_before, up, io="oi", out=like[0].dtype),
     _of_weight(dtype, x, of_before),
     jax.lax.platform_dependent(wide, of_before, tpu=in_loop, default=later),
     _of_weight(dtype, inner, slope_out),
@@ -292,7 +334,9 @@ def _norm_backward(_, kept, slope):
   along = normal * (inner * normal).mean(-1, keepdims=True)
   of_x = rate * (inner - inner.mean(-1, keepdims=True) - along)
   of_scale, of_bias = (slope * normal).sum(rows), slope.sum(rows)
-  return of_x.astype(x.dtype), of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
+  # A GPU's kernel that has read a row writes it in float32, unless it must round.
+  of_x = jax.lax.platform_dependent(of_x.astype(x.dtype), cuda=as_held, default=lambda x: x)
+  return of_x, of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
 
 
 _norm.defvjp(_norm_forward, _norm_backward)

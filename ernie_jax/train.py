@@ -133,9 +133,29 @@ def train(
     if 0 < done < stage.steps:
       say(f"  continues at step {done}")
 
-    # ---- The loop. Reading the logs waits for the step, which virtual CPU devices need.
-    start = time.monotonic()
+    # ---- The loop. Reading logs waits for their step: that comes after the next one was given to the devices, but for
+    # several virtual ones of a CPU, whose programs must not overlap.
+    start = read_at = time.monotonic()
+    overlaps = jax.default_backend() != "cpu" or jax.local_device_count() == 1
     with Progress(directory.name, stage.steps, "steps", done) as bar, _Log(directory, stage, done) as log:
+      unread: list[tuple[int, Batch, dict[str, jax.Array]]] = []  # the step before, at most
+
+      def settle(dev: Callable[[], dict[str, float]] = dict) -> None:
+        """Reads and writes down the logs of the step that was not read yet, and what `dev` measures after it."""
+        nonlocal read_at
+        for number, batch, logs in unread:
+          with room(directory, stage):
+            terms = {name: float(x) for name, x in jax.device_get(logs).items()}
+          warn(directory, stage, number, terms)
+          seconds, read_at = time.monotonic() - read_at, time.monotonic()
+          speed = rates(batch, stage, seconds, work) if number > done + 1 else {}  # not while compiling
+          found = dev()
+          log.write(number, terms, speed, found, time.monotonic() - start)
+          shown = metric or next(iter(found), "")
+          bar.advance(1, f"loss {terms['total']:.3f}" + (f", {shown} {found[shown]:.3f}" if found else ""))
+          read_at = time.monotonic() if found else read_at
+        unread.clear()
+
       for number in range(done + 1, stage.steps + 1):
         if refresh is not None and number > every and (number == done + 1 or (number - 1) % every == 0):
           last = (number - 1) // every * every
@@ -145,46 +165,36 @@ def train(
           iterator.close()
           iterator = read(texts)
           iterator.set_state(position)  # the same examples, with other negatives
-        began = time.monotonic()
+          read_at = time.monotonic()
         batch = next(iterator)
-        try:
+        with room(directory, stage):
           state, logs = train_step(state, mesh.shard(batch, grid), key)
-          terms = {name: float(x) for name, x in logs.items()}
-        except jax.errors.JaxRuntimeError as error:
-          if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-          raise UserError(
-            f"{directory.name}: the device's memory is too small for batch={stage.batch}; set chunk (queries "
-            "encoded at once), or model.remat"
-          ) from error
-        if terms["skipped_in_a_row"]:
-          spoilt = [name for name in sorted(stage.on.active) if not math.isfinite(terms[name])]
-          what = ", ".join(spoilt) or "the gradient of a finite loss"
-          if terms["skipped_in_a_row"] >= step.MOST_SKIPPED:
-            raise UserError(
-              f"{directory.name}, step {number}: {what} is not finite, {step.MOST_SKIPPED} steps in a row; "
-              "lower optimizer.learning_rate"
-            )
-          say(f"  step {number} skipped: {what} is not finite")
-        speed = rates(batch, stage, time.monotonic() - began, work) if number > done + 1 else {}  # not while compiling
+        settle()
+        unread.append((number, batch, logs))
 
         # ---- Measure, save, log, stop.
-        dev = {}
-        due = number == stage.steps or (stage.measure_every and number % stage.measure_every == 0)
+        due = number == stage.steps or bool(stage.measure_every and number % stage.measure_every == 0)
+        saves = number % stage.checkpoint_every == 0 or due or bool(every and number % every == 0)
         stopping = 0
-        if measure is not None and stage.measure_every and due:
+
+        def measured() -> dict[str, float]:
+          nonlocal best, stopping
+          if measure is None or not stage.measure_every:
+            return {}
           try:
             dev = measure(state.params)
           except Interrupted as asked:  # the measurement belongs to this step: once more, then stop
             dev, stopping = measure(state.params), asked.signal
           if metric and mesh.told(best is None or dev[metric] > best["metrics"][metric]):
             best = {"step": number, "metrics": dev}
-        log.write(number, terms, speed, dev, time.monotonic() - start)
+          return dev
+
+        if due or saves or not overlaps:
+          settle(measured if due else dict)
         stopping = stop.after_step() or stopping  # read once: it may change at any moment
-        if number % stage.checkpoint_every == 0 or due or stopping or (every and number % every == 0):
+        if saves or stopping:
+          settle()
           checkpoints.save(state, iterator.get_state(), best)
-        shown = metric or next(iter(dev), "")
-        bar.advance(1, f"loss {terms['total']:.3f}" + (f", {shown} {dev[shown]:.3f}" if dev else ""))
         if stopping:
           raise Interrupted(f"{directory.name}: stopped and saved after step {number}", stopping)
     kept = stage.steps if best is None else best["step"]
@@ -195,6 +205,34 @@ def train(
     result = jax.device_get(state.params)
     skipped = int(state.optimizer.total_notfinite)
   return Trained(result, kept, train_step._cache_size(), best, skipped)
+
+
+@contextlib.contextmanager
+def room(directory: Path, stage: config.Train) -> Iterator[None]:
+  """Says what to do where the device's memory is too small."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError(
+      f"{directory.name}: the device's memory is too small for batch={stage.batch}; set chunk (queries "
+      "encoded at once), or model.remat"
+    ) from error
+
+
+def warn(directory: Path, stage: config.Train, number: int, terms: dict[str, float]) -> None:
+  """Of a step without a finite gradient; `UserError` after `step.MOST_SKIPPED` in a row."""
+  if not terms["skipped_in_a_row"]:
+    return
+  spoilt = [name for name in sorted(stage.on.active) if not math.isfinite(terms[name])]
+  what = ", ".join(spoilt) or "the gradient of a finite loss"
+  if terms["skipped_in_a_row"] >= step.MOST_SKIPPED:
+    raise UserError(
+      f"{directory.name}, step {number}: {what} is not finite, {step.MOST_SKIPPED} steps in a row; "
+      "lower optimizer.learning_rate"
+    )
+  say(f"  step {number} skipped: {what} is not finite")
 
 
 def finished(directory: Path, params: Params, model: config.Model, stage: config.Train, kept: int) -> Params:

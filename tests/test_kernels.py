@@ -48,14 +48,14 @@ def test_a_rounded_product_sums_rounded_operands_in_float32_and_so_does_its_grad
   assert value.dtype == of_x.dtype == of_w.dtype == of_bias.dtype == jnp.float32
   near(kernels._by_ones("bfloat16", slope.reshape(1, n, o)), rounded(slope).sum(0))  # those of a TPU
   few = lambda a: jnp.asarray(rounded(a), jnp.float32)  # a CPU has no such product of bfloat16
-  near(kernels._tokens_last("float32", "io", few(x).reshape(1, n, i), few(w), bias)[0], value)
+  near(kernels._tokens_last("float32", "io", "float32", few(x).reshape(1, n, i), few(w), bias)[0], value)
   halves = few(x)[: n // 2 * 2].reshape(2, -1, i)
-  near(kernels._tokens_last("float32", "io", halves, few(w), bias), value[: n // 2 * 2].reshape(2, -1, o))
+  near(kernels._tokens_last("float32", "io", "float32", halves, few(w), bias), value[: n // 2 * 2].reshape(2, -1, o))
   for heads in ("written", "read"):
     same, back = jax.vjp(lambda *given, heads=heads: affine(*given, "bfloat16", heads), x, w, bias)
     for one, other in zip((same, *back(slope)), (value, of_x, of_w, of_bias), strict=True):
       near(one, other)
-  near(kernels._tokens_last("float32", "oi", few(slope), few(w), None), of_x)
+  near(kernels._tokens_last("float32", "oi", "float32", few(slope), few(w), None), of_x)
   batched = jax.vjp(lambda *given: affine(*given, "bfloat16"), x.reshape(1, n, i), w, bias)
   for one, other in zip((batched[0], *batched[1](slope.reshape(1, n, o))), (value, of_x, of_w, of_bias)):
     near(one.reshape(other.shape), other)
@@ -196,3 +196,19 @@ def test_layer_norm_of_bfloat16_is_computed_in_float32():
   assert (own(x).dtype, slope.dtype) == (jnp.float32, jnp.bfloat16)
   expected = jax.grad(lambda x: jnp.sum(theirs(x) * jnp.arange(64)))(x)
   np.testing.assert_allclose(slope.astype(jnp.float32), expected.astype(jnp.float32), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_what_a_gpu_is_given_instead_is_the_same(activation):
+  """In float32: its products and the activation between two of them, forward and back."""
+  rng = np.random.default_rng(0)
+  draw = lambda *size: jnp.asarray(rng.normal(size=size), jnp.float32)
+  x, up, bias, down, slope_out = draw(5, 8), draw(8, 12), draw(12), draw(12, 8), draw(5, 8)
+  near = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+  near(kernels._at_once("float32", "io", "float32", x, up, bias), affine(x, up, bias))
+  near(kernels._at_once("float32", "oi", "float32", x, down, None), x @ down.T)
+  inner, slope = kernels._inner_and_slope("float32", activation, x, up, bias)
+  same, before = kernels._inner_and_before("float32", activation, x, up, bias)
+  near(same, inner)
+  back = kernels._times_slope("float32", activation, slope_out, down, slope, bias)
+  near(kernels._times_slope_of("float32", activation, slope_out, down, before, bias), back)
