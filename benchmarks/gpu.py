@@ -100,6 +100,7 @@ def encoders(model: Model, a: Architecture, texts: steps.Texts) -> dict[str, Any
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--steps", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
+  parser.add_argument("--rows", nargs="+", choices=("padded", "packed"), default=["padded", "packed"], help="ours")
   parser.add_argument("--queries", type=int, default=64)
   parser.add_argument("--passages", type=int, default=8, help="of a query")
   parser.add_argument("--layers", type=int, default=12)
@@ -119,13 +120,13 @@ def main() -> None:
         f"{a.width}; {chosen.queries} queries x {chosen.passages} passages\n")  # fmt: skip
   theirs = [name for name in ("torch", "sentence_transformers") if importlib.util.find_spec(name)]
   print(
-    "| step | side | ms | of ours, padded | useful MFU | GiB | first loss | first gradient norm |\n" + "|---" * 8 + "|"
+    "| step | side | ms | of the first | useful MFU | GiB | first loss | first gradient norm |\n" + "|---" * 8 + "|"
   )
   with jax.set_mesh(mesh.make(jax.devices()[:1])):
     for name in chosen.steps:
       train = Train(batch=chosen.queries, negatives=chosen.passages - 1, weights=WEIGHTS[name], temperature=TEMPERATURE)
       texts = steps.Texts(train, DATA, chosen.share, chosen.vocabulary)
-      sides = ["ours, padded", "ours, packed", *theirs[:1]]
+      sides = [*(f"ours, {rows}" for rows in chosen.rows), *theirs[:1]]
       if name == "dual" and "sentence_transformers" in theirs:
         sides.append("sentence-transformers")
       runners, memory = {}, {}
