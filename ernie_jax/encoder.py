@@ -7,7 +7,8 @@ dropout. They are pytrees, used under plain `jax.jit`, `jax.grad` and `jax.lax.s
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+import re
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -188,7 +189,14 @@ def _by_cudnn(query, keyed, noise):
   """
   _, length, _, d = query.shape
   usual = length == keyed.shape[1] and length % 2 == 0 and d % 8 == 0 and d <= 128
-  return usual and noise is None and query.dtype == jnp.bfloat16 and jax.default_backend() == "gpu"
+  return usual and noise is None and query.dtype == jnp.bfloat16 and _has_cudnn()
+
+
+@cache
+def _has_cudnn() -> bool:
+  """Whether the devices are NVIDIA's, of the generation (Ampere) that its attention needs, or a later one."""
+  capability = getattr(jax.local_devices()[0], "compute_capability", "")  # "9.0"; of AMD's: "gfx90a"
+  return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
 
 
 def _attention(query, keyed, mask):
