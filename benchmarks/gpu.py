@@ -30,7 +30,7 @@ DATA = Data(query_length=32, passage_length=128)
 TEMPERATURE = Temperatures(dual=0.05, late=0.5)
 WEIGHTS = {"dual": Weights.only(nll_de=1), "cascade": Weights(dualreg_query=0, dualreg_passage=0)}
 PACK = 256  # tokens of a packed row
-AHEAD = 4  # steps given to the device before one is waited for: training never lets it wait either
+AHEAD = 4  # steps given to the device before one is waited for: in training the next is given before one is read
 
 
 def peak(size: int) -> float:

@@ -30,14 +30,14 @@ STEPS = {
 }
 
 
-def useful(settings: Config, made: plan.Plan, texts: batches.Texts) -> float:
+def useful(settings: Config, train: Train, texts: batches.Texts) -> float:
   """Model FLOPs of a step if each text were a row of its own length."""
   size, rng = batches.sizes(texts, settings.data), np.random.default_rng(0)
-  drawn = [size(i, batches.choose(texts, i, made.train.negatives, rng)) for i in range(1024)]
-  mean = {tower: np.concatenate([own[tower] for own in drawn]).mean() for tower in batches.used(made.train)}
-  number = {tower: made.train.batch * (1 if tower == "queries" else 1 + made.train.negatives) for tower in mean}
+  drawn = [size(i, batches.choose(texts, i, train.negatives, rng)) for i in range(1024)]
+  mean = {tower: np.concatenate([own[tower] for own in drawn]).mean() for tower in batches.used(train)}
+  number = {tower: train.batch * (1 if tower == "queries" else 1 + train.negatives) for tower in mean}
   rows: Any = {tower: (number[tower], mean[tower]) for tower in mean}
-  return cost.flops(*plan.architectures(settings.model), settings.model, made.train, settings.data, rows)
+  return cost.flops(*plan.architectures(settings.model), settings.model, train, settings.data, rows)
 
 
 def configuration(step: str, teacher: str, rows: str, chosen: argparse.Namespace, chips: int) -> Config:
@@ -102,7 +102,7 @@ def main() -> None:
               raise SystemExit(f"{about} {error}") from error
             print(f"{about} {error} |", flush=True)
             continue
-          real = made.mfu * useful(settings, made, texts) / made.flops
+          real = made.mfu * useful(settings, made.train, texts) / made.flops
           print(f"{about} {made.cycles:.3e} | {sum(made.memory.values()) / plan.GIB:.2f} | {made.step_time:.3f} | "
                 f"{made.communicating / made.step_time:.1%} | {made.mfu:.3f} | {real:.3f} |",
                 flush=True)  # fmt: skip

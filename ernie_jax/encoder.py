@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -167,11 +167,11 @@ def attend(
 ) -> tuple[Float[Array, "n q heads d"], Float[Array, "n heads q k"]]:
   """Attention's output, and its probabilities before dropout, float32 or wider.
 
-  Beside query, key, value and output the gradient keeps one [n, heads, q, k] array, the probabilities in the dtype of
-  `value`, negative where dropout took them; derived operation by operation it keeps up to six. Where that dtype is
-  bfloat16, softmax' gradient takes its mean from the rounded output: about twice the error at worst, for an array less.
-  In a compiled program probabilities that nobody reads cost nothing; those that are read keep what their own gradient
-  needs.
+  Beside query, key, value and output the gradient keeps nothing where cuDNN computes it (`_by_cudnn`), and else one [n,
+  heads, q, k] array: the probabilities in the dtype of `value`, negative where dropout took them. Derived operation by
+  operation it keeps up to six. Where that dtype is bfloat16, softmax' gradient takes its mean from the rounded output:
+  about twice the error at worst, for an array less. In a compiled program probabilities that nobody reads cost nothing;
+  those that are read keep what their own gradient needs.
   """
   if rate == 0:
     noise = None
@@ -185,17 +185,25 @@ def attend(
 def _by_cudnn(query, keyed, noise):
   """Whether an NVIDIA GPU's library computes it, in one kernel that keeps no probabilities.
 
-  It has dropout, but not by a token's own noise. Of an odd length it has no gradient with a mask.
+  It has dropout, but not by a token's own noise. Of an odd length it has no gradient with a mask. Of a token that reads
+  nothing its gradient is wrong, but padding's is 0 before.
   """
   _, length, _, d = query.shape
   usual = length == keyed.shape[1] and length % 2 == 0 and d % 8 == 0 and d <= 128
   return usual and noise is None and query.dtype == jnp.bfloat16 and _has_cudnn()
 
 
-@cache
 def _has_cudnn() -> bool:
-  """Whether the devices are NVIDIA's, of the generation (Ampere) that its attention needs, or a later one."""
-  capability = getattr(jax.local_devices()[0], "compute_capability", "")  # "9.0"; of AMD's: "gfx90a"
+  """Whether this is for NVIDIA's devices, of the generation (Ampere) that its attention needs, or a later one.
+
+  Asked while tracing, where JAX looks for the library: elsewhere it cannot even be one of `platform_dependent`'s ways.
+  """
+  local, meant = jax.local_devices()[0], jax.sharding.get_abstract_mesh().abstract_device
+  if (local if meant is None else meant).platform not in ("gpu", "cuda"):
+    return False
+  if local.platform != "gpu":  # compiled for a GPU elsewhere
+    return True
+  capability = local.compute_capability  # "9.0"; of AMD's: "gfx90a"
   return bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8
 
 

@@ -2,7 +2,7 @@
 
 Parameters are float32. Where products are of bfloat16 (`model.dtype`), both operands are rounded to it and what they
 give is summed in float32, in the two products of the gradient too. All matrix units work so; that of a CPU (AMX) is
-used by XLA for a float32 result alone.
+used by XLA for a float32 result alone. What differs between platforms is where a result is rounded and how it lies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def affine(
   """x w + bias, of operands rounded to `dtype` and summed in float32 or wider; the result has the dtype of `x`.
 
   The two products of the gradient are made likewise; the bias' is a sum, on a TPU of what is rounded unless `heads` is
-  "written". It says that the result is written for heads of attention, or x read from them, and so a TPU's layout.
+  "written". An NVIDIA GPU's product of bfloat16 that gives bfloat16 is rounded before the bias too. `heads` says that
+  the result is written for heads of attention, or x read from them, and so a TPU's layout.
   """
   return _affine(dtype, heads, x, w, bias)
 
@@ -60,13 +61,19 @@ def _product(dtype, heads, x, w, bias=None, io="io", out=None):
 
   With `heads` a TPU has its tokens innermost.
   """
-  out = jnp.dtype(out or x.dtype).name
-  ways = {} if dtype == "float32" else {"tpu": _tokens_last} if heads else {}
-  if out == dtype == "bfloat16":
-    ways["cuda"] = _at_once
+  out = out or x.dtype
+  ways = _on_gpu(_at_once, dtype, out) | ({"tpu": _tokens_last} if heads and dtype != "float32" else {})
   ways = {platform: partial(way, dtype, io, out) for platform, way in ways.items()}
-  plain = partial(_plain, dtype, io, out)
-  return jax.lax.platform_dependent(x, w, bias, default=plain, **ways) if ways else plain(x, w, bias)
+  return _by_platform(partial(_plain, dtype, io, out), ways, x, w, bias)
+
+
+def _on_gpu(way, *dtypes):
+  """For `_by_platform`: another way where all is bfloat16."""
+  return {"cuda": way} if all(jnp.dtype(dtype) == jnp.bfloat16 for dtype in dtypes) else {}
+
+
+def _by_platform(default, ways, *given):
+  return jax.lax.platform_dependent(*given, default=default, **ways) if ways else default(*given)
 
 
 def _plain(dtype, io, out, x, w, bias):
@@ -247,10 +254,8 @@ def _feed(dtype, activation, x, up, up_bias, down, down_bias):
 
 def _feed_forward(dtype, activation, x, up, up_bias, down, down_bias):
   like, (kept, up, down) = _like(x, up, up_bias, down, down_bias), _rounded(dtype, x, up, down)
-  ways = {"default": partial(_inner_and_slope, dtype, activation)}
-  if x.dtype == dtype == "bfloat16":
-    ways["cuda"] = partial(_inner_and_before, dtype, activation)
-  inner, slope = jax.lax.platform_dependent(kept, up, up_bias, **ways)
+  ways = _on_gpu(partial(_inner_and_before, dtype, activation), dtype, x.dtype)
+  inner, slope = _by_platform(partial(_inner_and_slope, dtype, activation), ways, kept, up, up_bias)
   out = _product(dtype, None, inner, down, down_bias, out=x.dtype)
   return out, (kept, inner, slope, up, up_bias, down, like)
 
@@ -267,7 +272,7 @@ def _inner_and_before(dtype, activation, x, up, bias):
   return ACTIVATIONS[activation](before + bias).astype(dtype), jax.lax.optimization_barrier(before)
 
 
-def _times_slope(dtype, activation, slope_out, down, slope, bias):
+def _times_slope(dtype, slope_out, down, slope, _):
   return summed("...o,io->...i", dtype, slope_out, down) * _wide(slope)
 
 
@@ -278,10 +283,8 @@ def _times_slope_of(dtype, activation, slope_out, down, before, bias):
 
 def _feed_backward(dtype, activation, held, slope_out):
   x, inner, slope, up, up_bias, down, like = held
-  ways = {"default": partial(_times_slope, dtype, activation)}
-  if like[0].dtype == dtype == "bfloat16":
-    ways["cuda"] = partial(_times_slope_of, dtype, activation)
-  wide = jax.lax.platform_dependent(slope_out, down, slope, up_bias, **ways)
+  ways = _on_gpu(partial(_times_slope_of, dtype, activation), dtype, like[0].dtype)
+  wide = _by_platform(partial(_times_slope, dtype), ways, slope_out, down, slope, up_bias)
   (of_before,) = jax.lax.optimization_barrier(_rounded(dtype, wide))  # in the product's loop, not in its readers'
   # A TPU sums in that loop too, what was not rounded yet; others would keep that for it.
   in_loop, later = lambda wide, _: _total(wide), lambda _, rounded: _total(rounded)
@@ -335,7 +338,7 @@ def _norm_backward(_, kept, slope):
   of_x = rate * (inner - inner.mean(-1, keepdims=True) - along)
   of_scale, of_bias = (slope * normal).sum(rows), slope.sum(rows)
   # A GPU's kernel that has read a row writes it in float32, unless it must round.
-  of_x = jax.lax.platform_dependent(of_x.astype(x.dtype), cuda=as_held, default=lambda x: x)
+  of_x = _by_platform(lambda x: x, _on_gpu(as_held, x.dtype), of_x.astype(x.dtype))
   return of_x, of_scale.astype(scale.dtype), of_bias.astype(bias.dtype)
 
 

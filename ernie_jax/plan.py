@@ -168,6 +168,12 @@ def trips(loop: str, condition: list[str]) -> int:
   return max((int(n) for line in condition for n in re.findall(r"constant\((\d+)\)", line)), default=1)
 
 
+def branches(line: str) -> list[str]:
+  """The computations of which a condition runs one."""
+  names = re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", line)
+  return names + [n.strip(" %") for g in re.findall(r"branch_computations=\{([^}]*)\}", line) for n in g.split(",")]
+
+
 def walk(found: dict[str, list[str]], name: str, times: int = 1) -> Iterator[tuple[str, int]]:
   """(line, how often it runs) from a computation on; of a condition's branches, the dearest."""
   for line in found[name]:
@@ -175,9 +181,7 @@ def walk(found: dict[str, list[str]], name: str, times: int = 1) -> Iterator[tup
     if loop := re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line):
       yield from walk(found, loop.group(2), times * trips(line, found[loop.group(1)]))
     elif " conditional(" in line:
-      names = re.findall(r"(?:true_computation|false_computation)=%?([\w.\-]+)", line)
-      names += [n.strip(" %") for g in re.findall(r"branch_computations=\{([^}]*)\}", line) for n in g.split(",")]
-      yield from walk(found, max(names, key=lambda n: total_cycles(found, n)), times)
+      yield from walk(found, max(branches(line), key=lambda n: total_cycles(found, n)), times)
     elif called := re.search(r"(?: call\(.*to_apply|calls)=%?([\w.\-]+)", line):
       yield from walk(found, called.group(1), times)
 

@@ -208,14 +208,15 @@ def fgm(
   )
   tower = "student" if params["teacher"].encoder is None else "teacher"
 
-  def at(move):
+  def at(move, params):
     moved = jax.tree.map(lambda x: x, params)
     word = moved[tower].encoder.word
     word.embedding = nnx.Param(word.embedding[...] + move)
     return losses.terms(scores.score(moved, batch, model, alone, key), alone, done)["nll_ce"]
 
-  slope = jax.grad(at)(jnp.zeros_like(params[tower].encoder.word.embedding[...]))
-  return at(jax.lax.stop_gradient(train.fgm_radius * scores.unit(slope.ravel()).reshape(slope.shape)))
+  # Of constants: a gradient of this gradient, which is not asked for, is not there where cuDNN computes attention.
+  slope = jax.grad(at)(jnp.zeros_like(params[tower].encoder.word.embedding[...]), jax.lax.stop_gradient(params))
+  return at(jax.lax.stop_gradient(train.fgm_radius * scores.unit(slope.ravel()).reshape(slope.shape)), params)
 
 
 def make_train_step(

@@ -105,9 +105,9 @@ def train(
   `metric` decides which step is best and kept; without one, the last. `refresh` gives, after every `every` steps, the
   texts that training goes on with, from the parameters (in the host's memory) and the number of steps; or again, for a
   stage that continues and no longer has those parameters, from None and that number. Leaves `checkpoints/` (state and
-  data position), `log.jsonl` (every term of every step) and TensorBoard events. Raises `Interrupted` after Ctrl-C or
-  SIGTERM; `UserError` after `step.MOST_SKIPPED` steps in a row without a finite gradient, and where a checkpoint cannot
-  be written.
+  data position), `log.jsonl` (every term of every step, but for the last one before a crash) and TensorBoard events.
+  Raises `Interrupted` after Ctrl-C or SIGTERM; `UserError` after `step.MOST_SKIPPED` steps in a row without a finite
+  gradient, and where a checkpoint cannot be written.
   """
   # ---- Data, state: from the newest checkpoint, else from the given parameters.
   grid = mesh.make()
@@ -138,23 +138,34 @@ def train(
     start = read_at = time.monotonic()
     overlaps = jax.default_backend() != "cpu" or jax.local_device_count() == 1
     with Progress(directory.name, stage.steps, "steps", done) as bar, _Log(directory, stage, done) as log:
-      unread: list[tuple[int, Batch, dict[str, jax.Array]]] = []  # the step before, at most
+      unread: tuple[int, Batch, dict[str, jax.Array]] | None = None  # the step before, while it may not be done
 
-      def settle(dev: Callable[[], dict[str, float]] = dict) -> None:
-        """Reads and writes down the logs of the step that was not read yet, and what `dev` measures after it."""
+      def read_logs(number: int, batch: Batch, logs: dict[str, jax.Array]) -> tuple[int, dict, dict]:
+        """A step's number, terms and speed; waits for it."""
         nonlocal read_at
-        for number, batch, logs in unread:
-          with room(directory, stage):
-            terms = {name: float(x) for name, x in jax.device_get(logs).items()}
-          warn(directory, stage, number, terms)
-          seconds, read_at = time.monotonic() - read_at, time.monotonic()
-          speed = rates(batch, stage, seconds, work) if number > done + 1 else {}  # not while compiling
-          found = dev()
-          log.write(number, terms, speed, found, time.monotonic() - start)
-          shown = metric or next(iter(found), "")
-          bar.advance(1, f"loss {terms['total']:.3f}" + (f", {shown} {found[shown]:.3f}" if found else ""))
-          read_at = time.monotonic() if found else read_at
-        unread.clear()
+        with _room(directory, stage):
+          terms = {name: float(x) for name, x in jax.device_get(logs).items()}
+        _warn(directory, stage, number, terms)
+        seconds, read_at = time.monotonic() - read_at, time.monotonic()
+        return number, terms, rates(batch, stage, seconds, work) if number > done + 1 else {}  # not while compiling
+
+      def write(number: int, terms: dict[str, float], speed: dict[str, float], dev: dict[str, float]) -> None:
+        log.write(number, terms, speed, dev, time.monotonic() - start)
+        shown = metric or next(iter(dev), "")
+        bar.advance(1, f"loss {terms['total']:.3f}" + (f", {shown} {dev[shown]:.3f}" if dev else ""))
+
+      def measured(number: int) -> tuple[dict[str, float], int]:
+        """Metrics after this step, and the signal that came meanwhile: the measurement belongs to its step."""
+        nonlocal best
+        if measure is None or not stage.measure_every:
+          return {}, 0
+        try:
+          dev, asked = measure(state.params), 0
+        except Interrupted as error:
+          dev, asked = measure(state.params), error.signal
+        if metric and mesh.told(best is None or dev[metric] > best["metrics"][metric]):
+          best = {"step": number, "metrics": dev}
+        return dev, asked
 
       for number in range(done + 1, stage.steps + 1):
         if refresh is not None and number > every and (number == done + 1 or (number - 1) % every == 0):
@@ -167,34 +178,26 @@ def train(
           iterator.set_state(position)  # the same examples, with other negatives
           read_at = time.monotonic()
         batch = next(iterator)
-        with room(directory, stage):
+        with _room(directory, stage):
           state, logs = train_step(state, mesh.shard(batch, grid), key)
-        settle()
-        unread.append((number, batch, logs))
+        if unread is not None:
+          write(*read_logs(*unread), {})
+        unread = number, batch, logs
 
         # ---- Measure, save, log, stop.
         due = number == stage.steps or bool(stage.measure_every and number % stage.measure_every == 0)
         saves = number % stage.checkpoint_every == 0 or due or bool(every and number % every == 0)
         stopping = 0
-
-        def measured() -> dict[str, float]:
-          nonlocal best, stopping
-          if measure is None or not stage.measure_every:
-            return {}
-          try:
-            dev = measure(state.params)
-          except Interrupted as asked:  # the measurement belongs to this step: once more, then stop
-            dev, stopping = measure(state.params), asked.signal
-          if metric and mesh.told(best is None or dev[metric] > best["metrics"][metric]):
-            best = {"step": number, "metrics": dev}
-          return dev
-
-        if due or saves or not overlaps:
-          settle(measured if due else dict)
+        if saves or not overlaps:
+          line, unread = read_logs(*unread), None
+          dev, stopping = measured(number) if due else ({}, 0)
+          write(*line, dev)
         stopping = stop.after_step() or stopping  # read once: it may change at any moment
         if saves or stopping:
-          settle()
+          if unread is not None:
+            write(*read_logs(*unread), {})
           checkpoints.save(state, iterator.get_state(), best)
+          read_at = time.monotonic()
         if stopping:
           raise Interrupted(f"{directory.name}: stopped and saved after step {number}", stopping)
     kept = stage.steps if best is None else best["step"]
@@ -208,7 +211,7 @@ def train(
 
 
 @contextlib.contextmanager
-def room(directory: Path, stage: config.Train) -> Iterator[None]:
+def _room(directory: Path, stage: config.Train) -> Iterator[None]:
   """Says what to do where the device's memory is too small."""
   try:
     yield
@@ -221,7 +224,7 @@ def room(directory: Path, stage: config.Train) -> Iterator[None]:
     ) from error
 
 
-def warn(directory: Path, stage: config.Train, number: int, terms: dict[str, float]) -> None:
+def _warn(directory: Path, stage: config.Train, number: int, terms: dict[str, float]) -> None:
   """Of a step without a finite gradient; `UserError` after `step.MOST_SKIPPED` in a row."""
   if not terms["skipped_in_a_row"]:
     return

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, distance, make_batch, make_rows
 from flax import nnx
 
-from ernie_jax import config, step, templates
+from ernie_jax import config, encoder, step, templates
 from ernie_jax.encoder import (
   Encoder,
   Noise,
@@ -208,3 +208,67 @@ def test_attention_s_gradient_is_that_of_its_formula(reading, dtype, within, rat
   for one, other in zip([*found, *back(slopes)], [*expected, *back_too(wide(slopes))], strict=True):
     assert np.abs(np.asarray(one.astype(jnp.float32)) - other).max() < within * np.abs(other).max()
   assert all(x.dtype == jnp.dtype(dtype) for x in back(slopes))
+
+
+@pytest.fixture
+def library(monkeypatch):
+  """JAX's own attention in the place of cuDNN's; gives a list of its calls."""
+  calls, plain = [], jax.nn.dot_product_attention
+
+  def attention(*given, implementation, **more):
+    calls.append(implementation)
+    return plain(*given, implementation="xla", **more)
+
+  monkeypatch.setattr(encoder, "_has_cudnn", lambda: True)
+  monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
+  return calls
+
+
+def test_attention_by_a_gpu_s_library_is_the_same_for_tokens_that_read_something(library):
+  rng, (n, length, heads, d) = np.random.default_rng(0), (3, 10, 2, 8)
+  segments = jnp.array([[1] * 4 + [2] * 6, [1] * 7 + [0] * 3, [1] * 10])
+  mask = ((segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :])[:, None]
+  reads = (segments > 0)[..., None, None]
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+  given, slope = tuple(draw(n, length, heads, d) for _ in range(3)), jnp.where(reads, draw(n, length, heads, d), 0)
+  found, back = jax.vjp(lambda *x: attend(*x, mask, 0.0, None)[0], *given)
+  expected, back_too = jax.vjp(lambda *x: encoder._attend(0.0, *x, mask, None), *given)
+  assert library == ["cudnn"]
+  wide = lambda x: np.asarray(x.astype(jnp.float32))
+  for one, other in zip((found, *back(slope)), (expected, *back_too(slope)), strict=True):
+    assert np.abs((wide(one) - wide(other)) * np.asarray(reads)).max() < 0.02 * np.abs(wide(other)).max()
+
+
+def test_a_gpu_s_library_is_asked_where_it_can_do_it(library):
+  query = jnp.ones((1, 4, 2, 8), jnp.bfloat16)
+  noise = Noise(jnp.array([5, 7], jnp.uint32), jnp.zeros((1, 4), jnp.uint32), jnp.arange(4)[None])
+  mask = jnp.ones((1, 1, 4, 4), bool)
+  for rate, own, keyed, there in [
+    (0.0, query, query, True),
+    (0.0, query, query, True),
+    (0.1, query, query, False),  # dropout is by a token's own noise
+    (0.0, query.astype(jnp.float32), query.astype(jnp.float32), False),
+    (0.0, query[:, :1], query, False),  # the first tokens alone
+    (0.0, query[:, :3], query[:, :3], False),  # an odd length has no gradient there
+  ]:
+    before = len(library)
+    attend(own, keyed, keyed, mask[:, :, : own.shape[1], : keyed.shape[1]], rate, noise)
+    assert len(library) - before == there
+
+
+@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("scan", [True, False])
+def test_an_encoder_whose_attention_is_a_library_s_gives_the_same(library, scan, remat):
+  rows = make_batch().passages
+  rows = jax.tree.map(lambda x: x[:, : x.shape[1] // 2 * 2], rows)  # an even length
+  made = Encoder(TINY, jax.random.key(0), dtype="bfloat16", scan=scan, remat=remat)
+  read = (rows.segments > 0)[..., None]
+  loss = lambda made: jnp.square(jnp.where(read, made(rows)[0].astype(jnp.float32), 0)).sum()
+  found = jax.value_and_grad(loss)(made)
+  assert library
+  library.clear()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(encoder, "_has_cudnn", lambda: False)
+    expected = jax.value_and_grad(loss)(made)
+  assert not library
+  assert distance(found, expected) < 0.05

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, distance, make_batch
 from flax import nnx
 
-from ernie_jax import config, losses, mesh, scores, step
+from ernie_jax import config, encoder, losses, mesh, scores, step
 from ernie_jax.config import Optimizer, Train, Weights
 
 PEERS = Weights(margin_mse=1, kl_listwise=1, kl_bidirectional=1, virt=1)  # beside the paper's terms
@@ -304,6 +304,24 @@ def test_fgm_moves_the_word_embeddings_by_its_radius_along_the_gradient(tiny_par
     (_, spread), gradient = gradients(model, chunked, mesh.whole(params, grid), batch, None)
     np.testing.assert_allclose(spread["nll_ce_fgm"], value, rtol=1e-5)
     assert distance(heard(jax.device_get(gradient)), heard(both)) < 1e-5
+
+
+def test_fgm_asks_for_no_gradient_of_a_gradient(tiny_params, monkeypatch):
+  """cuDNN's attention has none; nor have callbacks, which stand for it here."""
+  model, params = tiny_params
+  opaque = lambda x: jax.pure_callback(lambda x: x, x, x)
+
+  @jax.custom_vjp
+  def attention(query, keyed, value):
+    return opaque(query)
+
+  attention.defvjp(
+    lambda *given: (opaque(given[0]), given), lambda given, slope: (opaque(slope), *map(jnp.zeros_like, given[1:]))
+  )
+  monkeypatch.setattr(encoder, "_attend", lambda rate, query, keyed, value, mask, noise: attention(query, keyed, value))
+  train = dataclasses.replace(FULL, weights=Weights.only(nll_ce=1, nll_ce_fgm=1))
+  found = jax.eval_shape(jax.grad(lambda p: step.loss(p, make_batch(), model, train, None)[0]), params)
+  assert jax.tree.structure(found) == jax.tree.structure(params)
 
 
 def test_a_uniform_teacher_is_a_cross_encoder_that_gives_all_the_same(tiny_params):

@@ -7,6 +7,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
@@ -361,3 +362,75 @@ def test_a_full_disk_is_one_line_and_leaves_earlier_checkpoints(params, texts, t
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
   assert "\n" not in str(error.value)
   same(loop.finished(tmp_path, params, MODEL, LIGHT, 4), before.params)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+  """One device: the next step is given to it before a step's logs are read. Calling it switches that off."""
+  one = mesh.make(jax.devices()[:1])
+  monkeypatch.setattr(mesh, "make", lambda: one)
+  monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+  with jax.set_mesh(one):
+    yield lambda: monkeypatch.setattr(jax, "local_device_count", lambda: 8)
+
+
+def test_logs_are_read_after_the_next_step_was_given_and_are_those_of_steps_one_by_one(
+  params, texts, tmp_path, monkeypatch, alone
+):
+  """The same lines and parameters, bit for bit, also after a signal and a kill; none is saved before it is read."""
+  stage = dataclasses.replace(LIGHT, steps=6, checkpoint_every=3, measure_every=3)
+  measure = lambda params: {"MRR@10": float(jnp.sum(params["student"].encoder.norm.bias[...]))}
+  events, give, write = [], loop.mesh.shard, loop._Log.write
+  stops = {}  # what happens as a step is given
+
+  def given(*arguments):
+    events.append(("given", sum(kind == "given" for kind, _ in events) + 1))
+    stops.pop(events[-1][1], lambda: None)()
+    return give(*arguments)
+
+  monkeypatch.setattr(loop.mesh, "shard", given)
+  monkeypatch.setattr(
+    loop._Log, "write", lambda log, number, *x: (events.append(("read", number)), write(log, number, *x))
+  )
+  found = run(tmp_path / "ahead", params, texts, stage, measure)
+  g, r = ([(kind, n) for n in range(1, 7)] for kind in ("given", "read"))
+  assert events == [g[0], g[1], r[0], g[2], r[1], r[2], g[3], g[4], r[3], g[5], r[4], r[5]]
+
+  events.clear()
+  stops[2] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+  with pytest.raises(Interrupted, match="after step 2"):
+    run(tmp_path / "stopped", params, texts, stage, measure)
+  assert [number for number, *_ in logged(tmp_path / "stopped")] == [1, 2]
+
+  def kill():
+    raise Killed
+
+  events.clear()
+  stops[4] = kill  # as step 6 is given: the last checkpoint is of step 3, step 5 was not read
+  with pytest.raises(Killed):
+    run(tmp_path / "stopped", params, texts, stage, measure)
+  assert [number for number, *_ in logged(tmp_path / "stopped")] == [1, 2, 3, 4]
+  continued = run(tmp_path / "stopped", params, texts, stage, measure)
+  alone()
+  plain = run(tmp_path / "plain", params, texts, stage, measure)
+  for directory, other in (("ahead", found), ("stopped", continued)):
+    assert logged(tmp_path / directory) == logged(tmp_path / "plain")
+    same(other.params, plain.params)
+    assert (other.step, other.best) == (plain.step, plain.best)
+
+
+def test_ten_steps_without_a_finite_gradient_end_so_too_where_logs_are_read_later(params, texts, tmp_path, alone):
+  broken = {**params, "teacher": jax.tree.map(lambda x: x, params["teacher"])}
+  broken["teacher"].head = jax.tree.map(lambda x: np.asarray(x) * np.nan, params["teacher"].head)
+  stage = dataclasses.replace(LIGHT, steps=12, checkpoint_every=20)
+  with pytest.raises(UserError, match=r"step 10: nll_ce is not finite, 10 steps in a row"):
+    run(tmp_path, broken, texts, stage)
+  assert [number for number, *_ in logged(tmp_path)] == list(range(1, 10))
+
+
+def test_a_device_s_full_memory_is_one_line_and_no_other_error_is(tmp_path):
+  full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17.46GiB")
+  with pytest.raises(UserError, match="memory is too small for batch=8; set chunk"), loop._room(tmp_path, STAGE):
+    raise full
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), loop._room(tmp_path, STAGE):
+    raise jax.errors.JaxRuntimeError("INTERNAL: something else")
