@@ -196,7 +196,7 @@ class Model:
   # Of the encoders' products and what flows between them; all else is float32. mixed: products of bfloat16 operands,
   # summed in float32, and float32 between them: for a CPU with AMX, as fast as bfloat16 there and nearer to float32.
   dtype: Literal["float32", "bfloat16", "mixed"] = "float32"
-  scan: bool = True  # loop over layers in the compiled program; False: faster on CPU and TPU, slower to compile
+  scan: bool = True  # loop over layers in the compiled program; False: faster, slower to compile
   remat: bool = False  # recompute activations in the backward pass: less memory, a third more work
 
   def __post_init__(self):
