@@ -3,8 +3,8 @@
   pip install --no-deps --only-binary=:all: --target more -r configs/many_packages.txt      (their docstrings are read)
   PYTHONPATH=more ernie-jax ablate configs/many_packages.py --output runs/many_packages --rows no_teacher
 
-and before, as there, what makes runs/encoder. With 9,565 test queries a difference of 0.002 in MRR@10 can be told from
-chance; with small_student.py's 1,632 it cannot.
+and before, as there, what makes runs/encoder. Measured on 2 CPU cores, one seed (RESULTS.md): the cascade and training
+without a cross-encoder (LI->DE) end alike, 0.386 and 0.388 in the dual-encoder; BM25 has 0.492.
 """
 
 import dataclasses
