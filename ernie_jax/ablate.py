@@ -12,11 +12,13 @@ The rows are those of the paper's two ablation tables (METHOD: ablations) and tw
   DIR/<row>/<seed>                      a run of that row: links to those stages, its cascade, runs/, evaluate/
   DIR/ablation.json .md .csv .svg       the table
 
-A row's seed is that of its cascade: what comes before has the configuration's own seed, so all start alike.
+A row's seed is that of its cascade: what comes before has the configuration's own seed, so all start alike. Several
+processes may be given the same command: each takes the rows that no other has, and the last one's table has all.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -27,10 +29,11 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import filelock
 import jax
 
 from ernie_jax import collection, config, evaluate, mesh, recipe
@@ -209,8 +212,9 @@ def ablate(
 ) -> dict[str, Any]:
   """Runs, or continues, the rows under every seed; returns what `ablation.json` holds.
 
-  Seed by seed, and the table is written after each. What another call left in the folder stays in the table. Raises
-  `UserError` as `grid` and `recipe.run` do.
+  Seed by seed, and the table is written after each. What another call left in the folder stays in the table; what
+  another process is at is left to it, and the table is empty until `full` is measured. Raises `UserError` as `grid` and
+  `recipe.run` do.
   """
   start = time.monotonic()
   own = own or {}
@@ -234,7 +238,8 @@ def ablate(
     for row in rows:
       place = based(directory, row)
       if place not in bases:
-        bases[place] = begin(place, row)
+        with sole(place / LOCK):
+          bases[place] = begin(place, row)
       base = bases[place]
       recipe.suits(row.config, base.data, base.params["student"].encoder.architecture)  # now, not after hours
     begun: dict[Path, recipe.Begun] = {}
@@ -243,12 +248,35 @@ def ablate(
         # Without a cascade the seed changes nothing: once.
         own_seed = seed if row.config.cascade.steps else row.config.seed
         place = directory / row.name / str(own_seed)
-        say(f"row {row.name}, seed {own_seed}")
-        run(row, own_seed, place, bases[based(directory, row)], begun)
-      table = summary(full, directory, everything, left_out_of_all, bases[based(directory, rows[0])])
-      write(table, directory)
-  say(f"done in {clock(time.monotonic() - start)}: {directory / 'ablation.md'}")
+        with sole(place.with_name(f"{own_seed}{LOCK}"), wait=False) as mine:
+          say(f"row {row.name}, seed {own_seed}" + ("" if mine else ": another process is at it"))
+          if mine:
+            run(row, own_seed, place, bases[based(directory, row)], begun)
+      if finished(directory / "full"):
+        with sole(directory / LOCK):  # the last to write has seen all
+          table = summary(full, directory, everything, left_out_of_all, bases[based(directory, rows[0])])
+          write(table, directory)
+  say(f"done in {clock(time.monotonic() - start)}" + (f": {directory / 'ablation.md'}" if table else ""))
   return table
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def sole(path: Path, wait: bool = True) -> Iterator[bool]:
+  """Whether of all processes this one alone is here; with `wait`, when it is. A killed process is here no more."""
+  recipe.folder(path.parent)
+  lock = filelock.FileLock(path)
+  try:
+    lock.acquire(blocking=wait)
+  except filelock.Timeout:
+    yield False
+    return
+  try:
+    yield True
+  finally:
+    lock.release()
 
 
 def digest(c: Config, name: str) -> str:
@@ -316,7 +344,8 @@ def run(row: Row, seed: int, place: Path, base: recipe.Run, begun: dict[Path, re
     key = base.directory / "+".join(homes.values())
     if key not in begun:
       begun.clear()  # parameters: those of one start at a time
-      begun[key] = recipe.before_cascade(dataclasses.replace(base, directory=place, config=row.config))
+      with sole(base.directory / LOCK):
+        begun[key] = recipe.before_cascade(dataclasses.replace(base, directory=place, config=row.config))
     current = dataclasses.replace(base, directory=place, config=own)
     params = recipe.fit(current, "cascade", begun[key].params, begun[key].negatives)
     current.stage("encode", lambda folder: recipe.encode(current, params, folder))

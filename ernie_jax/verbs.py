@@ -319,6 +319,9 @@ def ablate(args: Sequence[str]) -> None:
   quiet()
   rows = chosen.rows or ablation.USUAL
   table = ablation.ablate(chosen.config, chosen.output, chosen.seeds, rows, own, chosen.fresh)
+  if not table:
+    print(f"{chosen.output}: no table yet: another process is measuring the row full")
+    return
   print(evaluate.aligned(ablation.cells(table)))
   print(f"{chosen.output}: ablation.md, ablation.csv, ablation.svg, ablation.json, and a run for each row and seed")
   print(f"next: ernie-jax report {chosen.output}")

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from conftest import shared
@@ -278,6 +279,32 @@ def test_a_continued_ablation_makes_the_same_table(done, capsys):
   shutil.rmtree(directory / "no_denoising" / "1")
   assert main(command) == 0
   assert capsys.readouterr().err.count("cascade took") == 1
+  assert {path.name: path.read_bytes() for path in directory.glob("ablation.*")} == before
+
+
+def test_what_another_process_is_at_is_left_to_it(done, tmp_path, capsys):
+  directory, command = done
+  before = {path.name: path.read_bytes() for path in directory.glob("ablation.*")}
+  shutil.rmtree(directory / "no_denoising" / "1")
+  with filelock.FileLock(directory / "no_denoising" / "1.lock"):
+    assert main(command) == 0
+  said = capsys.readouterr()
+  assert "row no_denoising, seed 1: another process is at it" in said.err
+  assert "cascade took" not in said.err
+  folders = {row["name"]: list(row["folders"]) for row in table(directory)["rows"]}
+  assert (folders["no_denoising"], folders["de_only"]) == (["0"], ["0", "1"])
+  assert main(command) == 0  # now nobody is
+  assert {path.name: path.read_bytes() for path in directory.glob("ablation.*")} == before
+
+  shutil.move(directory / "full", tmp_path / "full")
+  with (
+    filelock.FileLock(recipe.folder(directory / "full") / "0.lock"),
+    filelock.FileLock(directory / "full" / "1.lock"),
+  ):
+    assert main(command) == 0
+  assert "no table yet: another process is measuring the row full" in capsys.readouterr().out
+  shutil.rmtree(directory / "full")
+  shutil.move(tmp_path / "full", directory / "full")
   assert {path.name: path.read_bytes() for path in directory.glob("ablation.*")} == before
 
 
