@@ -41,7 +41,8 @@ gpu_device_info {
 platform_name: "CUDA" device_description_str: "H200"
 dnn_version_info { major: 9 minor: 10 } runtime_version { major: 13 }
 """
-NOTHING = "parameter get-tuple-element tuple constant bitcast conditional call"  # move nothing themselves
+# Move nothing themselves.
+NOTHING = ("parameter", "get-tuple-element", "tuple", "constant", "bitcast", "conditional", "call")
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<kind>[\w\-]+)\((?P<of>.*?)\)")
 
 
@@ -75,7 +76,7 @@ class Program:
         yield from self.kernels(max(plan.branches(line), key=lambda n: len(self.found[n])))
       elif hit["kind"] == "call" and (part := re.search(r"to_apply=%?([\w.\-]+)", line)):
         yield from self.kernels(part[1])
-      if hit["kind"] in NOTHING.split():
+      if hit["kind"] in NOTHING:
         continue
       inner = self.found[called[1]] if (called := re.search(r"calls=%?([\w.\-]+)", line)) else []
       inner = sorted(inner, key=lambda each: " dot(" not in each and " custom-call(" not in each)

@@ -18,7 +18,6 @@ processes may be given the same command: each takes the rows that no other has, 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -29,14 +28,13 @@ import re
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import jax
 
-from ernie_jax import collection, config, evaluate, mesh, recipe
+from ernie_jax import collection, columns, config, evaluate, mesh, recipe
 from ernie_jax.config import Config, Train, UserError, Weights
 from ernie_jax.progress import clock, say
 from ernie_jax.scores import Params
@@ -48,6 +46,7 @@ SYSTEMS = {"dual": "DE", "late": "LI"}
 SHOWN = ("MRR@10", "R@20")  # columns of the table; JSON and CSV have all of `evaluate.MEASURES`
 COMPARED = "MRR@10"
 FILE = "ablation.config.json"  # not config.json: the folder holds runs and is none
+LOCK = ".lock"  # a file in a folder that one process at a time may change; 0.lock beside the folder of seed 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +237,7 @@ def ablate(
     for row in rows:
       place = based(directory, row)
       if place not in bases:
-        with sole(place / LOCK):
+        with columns.locked(recipe.folder(place) / LOCK):
           bases[place] = begin(place, row)
       base = bases[place]
       recipe.suits(row.config, base.data, base.params["student"].encoder.architecture)  # now, not after hours
@@ -248,35 +247,16 @@ def ablate(
         # Without a cascade the seed changes nothing: once.
         own_seed = seed if row.config.cascade.steps else row.config.seed
         place = directory / row.name / str(own_seed)
-        with sole(place.with_name(f"{own_seed}{LOCK}"), wait=False) as mine:
+        with columns.locked(recipe.folder(place.parent) / f"{own_seed}{LOCK}", wait=False) as mine:
           say(f"row {row.name}, seed {own_seed}" + ("" if mine else ": another process is at it"))
           if mine:
             run(row, own_seed, place, bases[based(directory, row)], begun)
       if finished(directory / "full"):
-        with sole(directory / LOCK):  # the last to write has seen all
+        with columns.locked(directory / LOCK):  # the last to write has seen all
           table = summary(full, directory, everything, left_out_of_all, bases[based(directory, rows[0])])
           write(table, directory)
   say(f"done in {clock(time.monotonic() - start)}" + (f": {directory / 'ablation.md'}" if table else ""))
   return table
-
-
-LOCK = ".lock"
-
-
-@contextlib.contextmanager
-def sole(path: Path, wait: bool = True) -> Iterator[bool]:
-  """Whether of all processes this one alone is here; with `wait`, when it is. A killed process is here no more."""
-  recipe.folder(path.parent)
-  lock = filelock.FileLock(path)
-  try:
-    lock.acquire(blocking=wait)
-  except filelock.Timeout:
-    yield False
-    return
-  try:
-    yield True
-  finally:
-    lock.release()
 
 
 def digest(c: Config, name: str) -> str:
@@ -344,7 +324,7 @@ def run(row: Row, seed: int, place: Path, base: recipe.Run, begun: dict[Path, re
     key = base.directory / "+".join(homes.values())
     if key not in begun:
       begun.clear()  # parameters: those of one start at a time
-      with sole(base.directory / LOCK):
+      with columns.locked(base.directory / LOCK):
         begun[key] = recipe.before_cascade(dataclasses.replace(base, directory=place, config=row.config))
     current = dataclasses.replace(base, directory=place, config=own)
     params = recipe.fit(current, "cascade", begun[key].params, begun[key].negatives)

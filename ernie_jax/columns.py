@@ -24,18 +24,29 @@ from ernie_jax.config import UserError
 
 
 @contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+  """Whether of all processes this one alone has the lock file; with `wait`, when it has. A killed process has none."""
+  with open(path, "w") as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+      mine = True
+    except BlockingIOError:
+      mine = False
+    yield mine
+
+
+@contextlib.contextmanager
 def alone(directory: Path) -> Iterator[None]:
   """One process at a time in a folder of the cache, which is made if need be; others wait.
 
   Whoever is alone may take away what lies there unfinished: a process that was killed left it.
   """
-  try:
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = open(directory / "lock", "w")  # noqa: SIM115
-  except OSError as error:
-    raise UserError(f"data.cache={str(directory.parent)!r}: cannot be written: {error.strerror}") from error
-  with lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+  with contextlib.ExitStack() as end:
+    try:
+      directory.mkdir(parents=True, exist_ok=True)
+      end.enter_context(locked(directory / "lock"))
+    except OSError as error:
+      raise UserError(f"data.cache={str(directory.parent)!r}: cannot be written: {error.strerror}") from error
     yield
 
 

@@ -6,12 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-import filelock
 import numpy as np
 import pytest
 from conftest import shared
 
-from ernie_jax import ablate, evaluate, recipe, step
+from ernie_jax import ablate, columns, evaluate, recipe, step
 from ernie_jax.__main__ import main
 from ernie_jax.config import Config, Mine, Model, Temperatures, UserError, Weights
 
@@ -286,7 +285,7 @@ def test_what_another_process_is_at_is_left_to_it(done, tmp_path, capsys):
   directory, command = done
   before = {path.name: path.read_bytes() for path in directory.glob("ablation.*")}
   shutil.rmtree(directory / "no_denoising" / "1")
-  with filelock.FileLock(directory / "no_denoising" / "1.lock"):
+  with columns.locked(directory / "no_denoising" / "1.lock"):
     assert main(command) == 0
   said = capsys.readouterr()
   assert "row no_denoising, seed 1: another process is at it" in said.err
@@ -298,8 +297,8 @@ def test_what_another_process_is_at_is_left_to_it(done, tmp_path, capsys):
 
   shutil.move(directory / "full", tmp_path / "full")
   with (
-    filelock.FileLock(recipe.folder(directory / "full") / "0.lock"),
-    filelock.FileLock(directory / "full" / "1.lock"),
+    columns.locked(recipe.folder(directory / "full") / "0.lock"),
+    columns.locked(directory / "full" / "1.lock"),
   ):
     assert main(command) == 0
   assert "no table yet: another process is measuring the row full" in capsys.readouterr().out

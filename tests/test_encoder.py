@@ -245,7 +245,6 @@ def test_a_gpu_s_library_is_asked_where_it_can_do_it(library):
   mask = jnp.ones((1, 1, 4, 4), bool)
   for rate, own, keyed, there in [
     (0.0, query, query, True),
-    (0.0, query, query, True),
     (0.1, query, query, False),  # dropout is by a token's own noise
     (0.0, query.astype(jnp.float32), query.astype(jnp.float32), False),
     (0.0, query[:, :1], query, False),  # the first tokens alone
