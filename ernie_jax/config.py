@@ -450,6 +450,11 @@ class Train:
     return self.on.needs_teacher and self.teacher != "uniform"
 
   @property
+  def teaches_first(self) -> bool:
+    """Whether the cross-encoder's gradient is that of nll_ce, of its own logits alone, in a step with a student."""
+    return self.on.active & TEACHING == {"nll_ce"} and not self.residual and self.on.needs_student
+
+  @property
   def needs_pairs(self) -> bool:
     """Whether some term compares a query with passages."""
     return self.on.needs_student or self.on.needs_teacher

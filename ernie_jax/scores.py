@@ -7,6 +7,7 @@ cross-encoder     s_ce(q, p) = w . dropout(tanh(W h_cls([q; p]))) + b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -421,9 +422,53 @@ def in_chunks(function: Callable[..., Any], count: int, *rows: Any) -> Any:
   """
   if count == 1:  # nothing would be saved by computing the only part twice
     return function(*rows)
-  parts = jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), rows)
   body = jax.checkpoint(lambda part: function(*part), prevent_cse=False)
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(body, parts))
+  return merged(jax.lax.map(body, cut(rows, count)))
+
+
+def cut(rows: Any, count: int) -> Any:
+  """[n, ...] -> [count, n / count, ...]."""
+  return jax.tree.map(lambda x: x.reshape(count, len(x) // count, *x.shape[1:]), rows)
+
+
+def merged(parts: Any) -> Any:
+  """[count, n / count, ...] -> [n, ...]."""
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), parts)
+
+
+def scored(
+  params: Params, batch: Batch, train: config.Train, pairs: Rows, passages: Rows, noise: Noise | None, size: int
+) -> Towers:
+  """The cross-encoder's half of `towers`, for some queries: their pairs, and the passages as the student reads them."""
+  weights = train.on
+  logits, attention = cross(params, pairs, noise, every=weights.virt > 0)
+  own = lambda x: x.reshape(-1, size, *x.shape[1:])
+  if not weights.kl_attention and not weights.virt:
+    return Towers(cross=own(logits))
+  longest = batch.queries.longest or batch.queries.tokens.shape[1]
+  seen = lambda attention: pair_attention(attention, pairs, passages, longest)
+  if not weights.virt:
+    return Towers(cross=own(logits), attention=own(seen(attention)))
+  depth = (params["student"] if params["teacher"].encoder is None else params["teacher"]).encoder.architecture.layers
+  every = own(jax.vmap(seen, out_axes=1)(attention[jnp.array(evenly(depth, matched(params)))]))
+  last: Any = every[:, :, -1] if weights.kl_attention else None
+  return Towers(cross=own(logits), attention=last, attentions=every)
+
+
+def parted(batch: Batch, numbers: UInt32[Array, "b"], train: config.Train) -> tuple[int, int]:
+  """K, and how many chunks the queries at hand are encoded in."""
+  size = len(batch.texts) // len(numbers)
+  chunk = train.chunk or len(numbers)
+  config.check(len(numbers) % chunk == 0, "chunk", chunk, f"does not divide {len(numbers)} queries of a device")
+  lists_of = batch.pairs if batch.passages is None else batch.passages
+  if lists_of.starts is not None and lists_of.unit != chunk * size:
+    raise ValueError(f"a batch packed in units of {lists_of.unit // size} queries, encoded {chunk} at a time")
+  return size, len(numbers) // chunk
+
+
+def of_lists(numbers: UInt32[Array, "b"], size: int) -> UInt32[Array, "bk"]:
+  """The numbers of the queries' passages."""
+  return (numbers[:, None] * size + jnp.arange(size, dtype=numbers.dtype)).ravel()
 
 
 def towers(
@@ -433,55 +478,101 @@ def towers(
   numbers: UInt32[Array, "b"],
   model: config.Model,
   train: config.Train,
+  *,
+  teacher: bool = True,
 ) -> Towers:
-  """Everything that goes through an encoder, for the queries at hand (`numbers`: their places in the global batch)."""
-  weights, size = train.on, len(batch.texts) // len(numbers)  # K
-  chunk = train.chunk or len(numbers)
-  config.check(len(numbers) % chunk == 0, "chunk", chunk, f"does not divide {len(numbers)} queries of a device")
-  lists_of = batch.pairs if batch.passages is None else batch.passages
-  if lists_of.starts is not None and lists_of.unit != chunk * size:
-    raise ValueError(f"a batch packed in units of {lists_of.unit // size} queries, encoded {chunk} at a time")
-  count = len(numbers) // chunk
+  """Everything that goes through an encoder, for the queries at hand (`numbers`: their places in the global batch).
 
-  lists = lambda numbers: (numbers[:, None] * size + jnp.arange(size, dtype=numbers.dtype)).ravel()
+  Without `teacher`, what goes through the student's.
+  """
+  weights = train.on
+  size, count = parted(batch, numbers, train)
   student = params["student"]
   settings: dict[str, Any] = {"late": weights.needs_late, "copies": 2 if weights.needs_twin else 1}
   settings["every"] = weights.virt > 0
   # No gradient reaches a teacher that has no loss of its own.
   teaching = params if weights.trains_teacher else jax.lax.stop_gradient(params)
-  depth = lambda module: module.encoder.architecture.layers
-  layers = evenly(depth(params["teacher"] if params["teacher"].encoder else student), matched(params))
 
-  def scored(pairs, passages, numbers):
-    logits, attention = cross(teaching, pairs, of_texts(seeds["cross"], lists(numbers)), every=weights.virt > 0)
-    own = lambda x: x.reshape(-1, size, *x.shape[1:])
-    if not weights.kl_attention and not weights.virt:
-      return own(logits), None, None
-    cut = partial(
-      pair_attention,
-      pairs=pairs,
-      passages=passages,
-      query_length=batch.queries.longest or batch.queries.tokens.shape[1],
-    )
-    if not weights.virt:
-      return own(logits), own(cut(attention)), None
-    every = own(jax.vmap(cut, out_axes=1)(attention[jnp.array(layers)]))
-    return own(logits), every[:, :, -1] if weights.kl_attention else None, every
+  def judged(pairs, passages, numbers):
+    return scored(teaching, batch, train, pairs, passages, of_texts(seeds["cross"], of_lists(numbers, size)), size)
 
   def embedded(queries, passages, numbers):
-    texts = numbers * 2 + 1, lists(numbers) * 2
+    texts = numbers * 2 + 1, of_lists(numbers, size) * 2
     return embed_both(student, model, (queries, passages), seeds["student"], texts, **settings)
 
-  queries: Any = None
-  passages: Any = None
-  logits: Any = None
-  attention: Any = None
-  attentions: Any = None
+  made: Any = Towers()
+  if teacher and train.needs_cross:
+    made = in_chunks(judged, count, batch.pairs, batch.passages, numbers)
   if weights.needs_student:
     queries, passages = in_chunks(embedded, count, batch.queries, batch.passages, numbers)
-  if train.needs_cross:
-    logits, attention, attentions = in_chunks(scored, count, batch.pairs, batch.passages, numbers)
-  return Towers(queries, passages, logits, attention, attentions)
+    made = made.replace(queries=queries, passages=passages)
+  return made
+
+
+def taught(
+  params: Params, batch: Batch, train: config.Train, key: Key[Array, ""] | None, loss: Callable, *numbers: Any
+) -> tuple[Towers, Params, Batch]:
+  """The cross-encoder's part of `towers`, and the gradient of its loss: of the mean of `loss(logits [b, K], *numbers)`.
+
+  The gradient asks for nothing that the student makes: a chunk adds its own, and is not computed again. Last the batch,
+  whose texts for the student are not there before this device's part of the gradient is.
+  """
+  shared = params["teacher"].encoder is None
+  taken = params if shared else {"teacher": params["teacher"]}
+
+  def local(given, batch, places):
+    taken, others, scalars, seeds = given
+    size, count = parted(batch, places, train)
+
+    def one(own, pairs, passages, places):
+      noise = of_texts(seeds["cross"], of_lists(places, size))
+      made = scored({**others, **own}, batch, train, pairs, passages, noise, size)
+      return loss(made.cross, *scalars).sum() / (len(batch.known) * mesh.size()), made
+
+    slope = jax.grad(one, has_aux=True)
+    rows = batch.pairs, batch.passages, places
+    if count == 1:
+      gradient, made = slope(taken, *rows)
+    else:
+
+      def turn(total, part):
+        gradient, made = slope(taken, *part)
+        return jax.tree.map(jnp.add, total, gradient), made
+
+      gradient, made = jax.lax.scan(turn, jax.tree.map(lambda x: x * 0, taken), cut(rows, count))
+      made = merged(made)
+    tokens = [rows.tokens + nothing_of(gradient) for rows in (batch.queries, batch.passages)]
+    return made, jax.tree.map(lambda x: x[None], gradient), tokens
+
+  others = {} if shared else {name: one for name, one in params.items() if name != "teacher"}
+  made, gradient, (queries, passages) = everywhere(local, (taken, others, numbers), params, batch, train, key)
+  later = dataclasses.replace(
+    batch,
+    queries=dataclasses.replace(batch.queries, tokens=queries),
+    passages=dataclasses.replace(batch.passages, tokens=passages),
+  )
+  return made, jax.tree.map(lambda x: x.sum(0), gradient), later
+
+
+def nothing_of(tree: Any) -> Int[Array, ""]:
+  """0, once all arrays are there: no compiler knows that nothing is above infinity.
+
+  Some remove an optimization barrier before they choose an order.
+  """
+  return (sum(x.ravel()[0] for x in jax.tree.leaves(tree)) > jnp.inf).astype(jnp.int32)
+
+
+def everywhere(function: Callable, given: tuple, params: Params, batch: Batch, train: config.Train, key: Any) -> Any:
+  """`function((*given, noise's seeds), batch, numbers)` on each device, of its own queries."""
+  sites = lambda encoder, more: encoder.architecture.layers + 1 + more
+  student = params["student"]
+  places = {"cross": sites(params["teacher"].encoder or student.encoder, 1), "student": sites(student.encoder, 0)}
+  keys = (None,) * 2 if key is None else jax.random.split(key)
+  noisy = {name: None if k is None else seeds(k, places[name], 3) for name, k in zip(places, keys)}
+  if train.teacher == "frozen":
+    noisy["cross"] = None
+  numbers = mesh.split(jnp.arange(len(batch.known), dtype=jnp.uint32))
+  return mesh.per_device(function, (*given, noisy), batch, numbers)
 
 
 def masked_everywhere(
@@ -503,8 +594,18 @@ def masked_everywhere(
   return mesh.per_device(local, (params, site), batch, numbers)
 
 
-def score(params: Params, batch: Batch, model: config.Model, train: config.Train, key: Key[Array, ""] | None) -> Scores:
-  """All scores that the stage's loss terms ask for; what no term asks for is not traced."""
+def score(
+  params: Params,
+  batch: Batch,
+  model: config.Model,
+  train: config.Train,
+  key: Key[Array, ""] | None,
+  teacher: Towers | None = None,
+) -> Scores:
+  """All scores that the stage's loss terms ask for; what no term asks for is not traced.
+
+  With `teacher`, what `taught` made, the cross-encoder does not run.
+  """
   weights, scores = train.on, dict[str, Any]()
   if weights.mlm > 0:
     scores["masked"] = masked_everywhere(params, batch.masked, train, key)
@@ -513,21 +614,14 @@ def score(params: Params, batch: Batch, model: config.Model, train: config.Train
     return Scores(**scores)
   size = len(batch.known)  # B
   own = lambda x: x.reshape(size, len(batch.texts) // size, *x.shape[1:])  # [B*K, ...] -> [B, K, ...]
-  sites = lambda encoder, more: encoder.architecture.layers + 1 + more
   student = params["student"]
-  places = {"cross": sites(params["teacher"].encoder or student.encoder, 1), "student": sites(student.encoder, 0)}
-  keys = (None,) * 2 if key is None else jax.random.split(key)
-  noisy = {name: None if k is None else seeds(k, places[name], 3) for name, k in zip(places, keys)}
-  if train.teacher == "frozen":
-    noisy["cross"] = None
-  made = mesh.per_device(
-    lambda given, batch, numbers: towers(given[0], given[1], batch, numbers, model, train),
-    (params, noisy),
-    batch,
-    mesh.split(jnp.arange(size, dtype=jnp.uint32)),
-  )
-  q, p = made.queries, made.passages
-  scores["cross"], scores["attention"], scores["attentions"] = made.cross, made.attention, made.attentions
+
+  def local(given, batch, numbers):
+    return towers(given[0], given[1], batch, numbers, model, train, teacher=teacher is None)
+
+  made = everywhere(local, (params,), params, batch, train, key)
+  q, p, judged = made.queries, made.passages, teacher or made
+  scores["cross"], scores["attention"], scores["attentions"] = judged.cross, judged.attention, judged.attentions
   if weights.needs_teacher and not train.needs_cross:
     scores["cross"] = mesh.split(jnp.zeros((size, len(batch.texts) // size), jnp.float32))
 

@@ -190,6 +190,36 @@ def loss(
   return losses.total(terms, train, done), terms
 
 
+def gradient(
+  params: scores.Params,
+  batch: scores.Batch,
+  model: config.Model,
+  train: config.Train,
+  key: Key[Array, ""] | None,
+  done: Float[Array, ""] | float = 0.0,
+) -> tuple[tuple[Float[Array, ""], dict[str, Float[Array, ""]]], scores.Params]:
+  """`loss` and its gradient: of the cross-encoder first, where its own loss is all that it learns from.
+
+  So the activations of one encoder at a time are held, not of both.
+  """
+  if not train.teaches_first:
+    return jax.value_and_grad(loss, has_aux=True)(params, batch, model, train, key, done)
+  temperature = losses.scheduled(train.temperature, train.final_temperature, done)["cross"]
+  weights = losses.scheduled(train.weights, train.final_weights, done)
+  own = lambda logits, weight, temperature: weight * losses.nll(logits / temperature)
+  made, first, batch = scores.taught(params, batch, train, key, own, weights["nll_ce"], temperature)
+
+  def rest(others):
+    given = {**params, **others}
+    terms = losses.terms(scores.score(given, batch, model, train, key, made), train, done)
+    return losses.total(terms, train, done), terms
+
+  others = params if model.share_encoder else {name: one for name, one in params.items() if name != "teacher"}
+  (value, terms), second = jax.value_and_grad(rest, has_aux=True)(others)
+  both = jax.tree.map(jnp.add, first, second) if model.share_encoder else {**first, **second}
+  return (value, terms), both
+
+
 def fgm(
   params: scores.Params,
   batch: scores.Batch,
@@ -234,11 +264,10 @@ def make_train_step(
 
   def train_step(state, batch, key):
     key = jax.random.fold_in(key, state.step)
-    objective = lambda params: loss(params, batch, model, train, key, done(state.step, train))
-    (value, terms), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
-    gradient, params = part(gradient, train), part(state.params, train)
-    norm = optax.tree.norm(gradient)
-    params, moments = updated(optimizer, gradient, norm, state.optimizer, params)
+    (value, terms), slope = gradient(state.params, batch, model, train, key, done(state.step, train))
+    slope, params = part(slope, train), part(state.params, train)
+    norm = optax.tree.norm(slope)
+    params, moments = updated(optimizer, slope, norm, state.optimizer, params)
     logs = terms | {
       "total": value,
       "gradient_norm": norm,

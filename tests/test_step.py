@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, distance, make_batch
 from flax import nnx
 
-from ernie_jax import config, encoder, losses, mesh, scores, step
+from ernie_jax import config, cost, encoder, losses, mesh, scores, step
 from ernie_jax.config import Optimizer, Train, Weights
 
 PEERS = Weights(margin_mse=1, kl_listwise=1, kl_bidirectional=1, virt=1)  # beside the paper's terms
@@ -53,6 +53,56 @@ def test_loss_and_gradients_do_not_depend_on_devices_hosts_or_chunks(
   for name in terms:
     np.testing.assert_allclose(terms[name], expected_terms[name], rtol=1e-5, err_msg=name)
   assert distance(gradient, expected_gradient) < 1e-5
+
+
+PAPER = dataclasses.replace(FULL, weights=Weights(), final_weights=Weights(nll_ce=3), steps=5)
+
+
+@pytest.mark.parametrize(
+  ("share", "devices", "chunk", "units"), [(False, 1, None, 0), (True, 1, 2, 0), (False, 2, 2, 4), (True, 8, None, 0)]
+)
+def test_the_teacher_before_the_student_is_the_gradient_of_the_loss(share, devices, chunk, units):
+  """All of the paper's terms, dropout and its twins, weights on their way; padded or packed, encoders shared or not."""
+  model, train, key = config.Model(scratch=TINY, share_encoder=share), PAPER, jax.random.key(7)
+  assert train.teaches_first
+  params = step.init_params(model, TINY, TINY, jax.random.key(0))
+  whole = jax.jit(lambda p: jax.value_and_grad(step.loss, has_aux=True)(p, make_batch(), model, train, key, 0.3))
+  (value, terms), slope = jax.device_get(whole(params))
+  train, grid = dataclasses.replace(train, chunk=chunk), mesh.make(jax.devices()[:devices])
+  with jax.set_mesh(grid):
+    batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units)), grid)
+    first = jax.jit(lambda p, batch: step.gradient(p, batch, model, train, key, 0.3))
+    (found, parts), gradient = jax.device_get(jax.block_until_ready(first(mesh.whole(params, grid), batch)))
+  np.testing.assert_allclose(found, value, rtol=1e-5)
+  assert set(parts) == set(terms) == Weights().active
+  for name in terms:
+    np.testing.assert_allclose(parts[name], terms[name], rtol=1e-5, err_msg=name)
+  assert distance(gradient, slope) < 1e-5
+
+
+def lowered(function, a, train, b):
+  """A function of (params, batch, model, train, key) for B queries with 4 passages, layers not in a loop; lowered."""
+  model = config.Model(scratch=a, dropout=0.0, scan=False)
+  params = jax.eval_shape(lambda: step.init_params(model, a, a, jax.random.key(0)))
+  batch = jax.eval_shape(lambda: make_batch(b=b, k=4, lq=8, lp=56))
+  return jax.jit(lambda p, batch: function(p, batch, model, train, None)).lower(params, batch)
+
+
+def test_the_teacher_before_the_student_takes_less_memory_and_in_chunks_fewer_flops():
+  """Activations of one encoder at a time; and no forward pass of the cross-encoder again: one chunk's is counted."""
+  a = dataclasses.replace(TINY, layers=3, width=128, inner=512, positions=64)
+  on = dataclasses.replace(Weights(), dualreg_query=0, dualreg_passage=0)
+  train = dataclasses.replace(FULL, batch=16, negatives=3, weights=on, late_pool="own")
+  whole, first = (lowered(one, a, train, 16) for one in (jax.value_and_grad(step.loss, has_aux=True), step.gradient))
+  memory = lambda program: program.compile().memory_analysis().temp_size_in_bytes
+  assert memory(first) < 0.7 * memory(whole)
+  train = dataclasses.replace(train, chunk=4)
+  flops = [
+    lowered(one, a, train, 16).cost_analysis()["flops"]
+    for one in (jax.value_and_grad(step.loss, has_aux=True), step.gradient)
+  ]
+  pairs = cost.forward(a, 4 * 4, 8 + 56 - 1)
+  assert 0.95 < (flops[0] - flops[1]) / pairs < 1.1
 
 
 def test_unrolled_and_rematerialised_equals_scanned(tiny_params, alone):
