@@ -346,7 +346,7 @@ class Train:
   batch: int = 64  # B: queries in the global batch, over all devices
   negatives: int = 0  # n: hard negatives of each query; its list has K = 1 + n passages
   hardest: int | None = None  # they are drawn from so many, the best ranks; None: all; 0: none, only random passages
-  chunk: int | None = None  # queries encoded at once on each device, with their lists; None: all. Memory, for a forward
+  chunk: int | None = None  # queries encoded at once on each device, with their lists; None: all. Memory for a forward
   weights: Weights = Weights()
   final_weights: Weights | None = None  # reached in the last step, linearly from `weights`; None: constant
   temperature: Temperatures = Temperatures()
@@ -451,8 +451,8 @@ class Train:
 
   @property
   def teaches_first(self) -> bool:
-    """Whether the cross-encoder's gradient is that of nll_ce, of its own logits alone, in a step with a student."""
-    return self.on.active & TEACHING == {"nll_ce"} and not self.residual and self.on.needs_student
+    """Whether the cross-encoder's gradient is that of nll_ce, of its own logits alone."""
+    return self.on.active & TEACHING == {"nll_ce"} and not self.residual
 
   @property
   def needs_pairs(self) -> bool:

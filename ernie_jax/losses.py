@@ -48,7 +48,7 @@ def attention_kl(
   matches: Float[Array, "b k lq lp"],
   query_content: Bool[Array, "b lq"],
   passage_content: Bool[Array, "b k lp"],
-  temperature: float,
+  temperature: Float[Array, ""] | float,
 ) -> Float[Array, "b"]:
   """Mean over real query tokens and own passages of KL(cross-encoder's attention || late interaction's matches).
 

@@ -510,56 +510,53 @@ def towers(
 
 
 def taught(
-  params: Params, batch: Batch, train: config.Train, key: Key[Array, ""] | None, loss: Callable, *numbers: Any
+  params: Params, batch: Batch, train: config.Train, key: Key[Array, ""] | None, loss: Callable, *scalars: Any
 ) -> tuple[Towers, Params, Batch]:
-  """The cross-encoder's part of `towers`, and the gradient of its loss: of the mean of `loss(logits [b, K], *numbers)`.
+  """The cross-encoder's part of `towers`, and the gradient of its loss: of the mean of `loss(logits [b, K], *scalars)`.
 
-  The gradient asks for nothing that the student makes: a chunk adds its own, and is not computed again. Last the batch,
-  whose texts for the student are not there before this device's part of the gradient is.
+  Of a cross-encoder with an encoder of its own. The gradient asks for nothing that the student makes: a chunk adds its
+  own, and is not computed again. Last the batch as all else is to read it, not there before this gradient is.
   """
-  shared = params["teacher"].encoder is None
-  taken = params if shared else {"teacher": params["teacher"]}
+  student = {name: one for name, one in params.items() if name != "teacher"}  # for its shape
 
-  def local(given, batch, places):
-    taken, others, scalars, seeds = given
-    size, count = parted(batch, places, train)
+  def local(given, batch, numbers):
+    teacher, student, scalars, seeds = given
+    size, count = parted(batch, numbers, train)
 
-    def one(own, pairs, passages, places):
-      noise = of_texts(seeds["cross"], of_lists(places, size))
-      made = scored({**others, **own}, batch, train, pairs, passages, noise, size)
+    def mean(teacher, pairs, passages, numbers):
+      noise = of_texts(seeds["cross"], of_lists(numbers, size))
+      made = scored({**student, "teacher": teacher}, batch, train, pairs, passages, noise, size)
       return loss(made.cross, *scalars).sum() / (len(batch.known) * mesh.size()), made
 
-    slope = jax.grad(one, has_aux=True)
-    rows = batch.pairs, batch.passages, places
+    slope = jax.grad(mean, has_aux=True)
+
+    def turn(total, part):
+      gradient, made = slope(teacher, *part)
+      return jax.tree.map(jnp.add, total, gradient), made
+
+    own = batch.pairs, batch.passages, numbers
     if count == 1:
-      gradient, made = slope(taken, *rows)
+      gradient, made = slope(teacher, *own)
     else:
-
-      def turn(total, part):
-        gradient, made = slope(taken, *part)
-        return jax.tree.map(jnp.add, total, gradient), made
-
-      gradient, made = jax.lax.scan(turn, jax.tree.map(lambda x: x * 0, taken), cut(rows, count))
+      gradient, made = jax.lax.scan(turn, jax.tree.map(lambda x: x * 0, teacher), cut(own, count))
       made = merged(made)
-    tokens = [rows.tokens + nothing_of(gradient) for rows in (batch.queries, batch.passages)]
-    return made, jax.tree.map(lambda x: x[None], gradient), tokens
+    zero = nothing_of(gradient)
+    later = jax.tree.map(lambda x: x + zero, (batch.queries, batch.passages, batch.masked))
+    return made, jax.tree.map(lambda x: x[None], gradient), later
 
-  others = {} if shared else {name: one for name, one in params.items() if name != "teacher"}
-  made, gradient, (queries, passages) = everywhere(local, (taken, others, numbers), params, batch, train, key)
-  later = dataclasses.replace(
-    batch,
-    queries=dataclasses.replace(batch.queries, tokens=queries),
-    passages=dataclasses.replace(batch.passages, tokens=passages),
-  )
-  return made, jax.tree.map(lambda x: x.sum(0), gradient), later
+  made, gradient, later = everywhere(local, (params["teacher"], student, scalars), params, batch, train, key)
+  batch = dataclasses.replace(batch, **dict(zip(("queries", "passages", "masked"), later)))
+  return made, {"teacher": jax.tree.map(lambda x: x.sum(0), gradient)}, batch
 
 
-def nothing_of(tree: Any) -> Int[Array, ""]:
-  """0, once all arrays are there: no compiler knows that nothing is above infinity.
+def nothing_of(gradient: Any) -> Int[Array, ""]:
+  """0, once every layer's part of it is there: XLA does not know that no sum is above infinity.
 
-  Some remove an optimization barrier before they choose an order.
+  An optimization barrier is not enough: XLA removes it for some platforms before it chooses an order. Of a stack of
+  layers it computes a single entry without the other layers, so this reads one of each.
   """
-  return (sum(x.ravel()[0] for x in jax.tree.leaves(tree)) > jnp.inf).astype(jnp.int32)
+  some = lambda x: x[(slice(None), *(0,) * (x.ndim - 1))].sum()
+  return (sum(map(some, jax.tree.leaves(gradient))) > jnp.inf).astype(jnp.int32)
 
 
 def everywhere(function: Callable, given: tuple, params: Params, batch: Batch, train: config.Train, key: Any) -> Any:
@@ -619,7 +616,9 @@ def score(
   def local(given, batch, numbers):
     return towers(given[0], given[1], batch, numbers, model, train, teacher=teacher is None)
 
-  made = everywhere(local, (params,), params, batch, train, key)
+  made: Any = Towers()
+  if teacher is None or weights.needs_student:
+    made = everywhere(local, (params,), params, batch, train, key)
   q, p, judged = made.queries, made.passages, teacher or made
   scores["cross"], scores["attention"], scores["attentions"] = judged.cross, judged.attention, judged.attentions
   if weights.needs_teacher and not train.needs_cross:

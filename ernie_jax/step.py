@@ -198,11 +198,11 @@ def gradient(
   key: Key[Array, ""] | None,
   done: Float[Array, ""] | float = 0.0,
 ) -> tuple[tuple[Float[Array, ""], dict[str, Float[Array, ""]]], scores.Params]:
-  """`loss` and its gradient: of the cross-encoder first, where its own loss is all that it learns from.
+  """`loss` and its gradient: of the cross-encoder first, where it has an encoder and a loss of its own and no other.
 
   So the activations of one encoder at a time are held, not of both.
   """
-  if not train.teaches_first:
+  if model.share_encoder or not train.teaches_first:
     return jax.value_and_grad(loss, has_aux=True)(params, batch, model, train, key, done)
   temperature = losses.scheduled(train.temperature, train.final_temperature, done)["cross"]
   weights = losses.scheduled(train.weights, train.final_weights, done)
@@ -210,14 +210,12 @@ def gradient(
   made, first, batch = scores.taught(params, batch, train, key, own, weights["nll_ce"], temperature)
 
   def rest(others):
-    given = {**params, **others}
-    terms = losses.terms(scores.score(given, batch, model, train, key, made), train, done)
+    terms = losses.terms(scores.score({**params, **others}, batch, model, train, key, made), train, done)
     return losses.total(terms, train, done), terms
 
-  others = params if model.share_encoder else {name: one for name, one in params.items() if name != "teacher"}
-  (value, terms), second = jax.value_and_grad(rest, has_aux=True)(others)
-  both = jax.tree.map(jnp.add, first, second) if model.share_encoder else {**first, **second}
-  return (value, terms), both
+  others = {name: one for name, one in params.items() if name != "teacher"}
+  found, second = jax.value_and_grad(rest, has_aux=True)(others)
+  return found, {**first, **second}
 
 
 def fgm(

@@ -55,29 +55,92 @@ def test_loss_and_gradients_do_not_depend_on_devices_hosts_or_chunks(
   assert distance(gradient, expected_gradient) < 1e-5
 
 
-PAPER = dataclasses.replace(FULL, weights=Weights(), final_weights=Weights(nll_ce=3), steps=5)
+# All that teaches and nothing else that learns: the paper's terms, and others'.
+TAUGHT = Weights(margin_mse=1, virt=1)
+FIRST = dataclasses.replace(
+  FULL,
+  weights=TAUGHT,
+  final_weights=dataclasses.replace(TAUGHT, nll_ce=3),
+  temperature=config.Temperatures(cross=0.5),
+  final_temperature=config.Temperatures(cross=0.25, dual=2),
+)
+
+
+def larger(params, by=10):
+  """As made, the teacher gives all passages nearly the same logit, and its gradient is what rounding leaves of it."""
+  large = lambda name, x: by * x if name.endswith((".kernel", ".embedding")) else x
+  return jax.tree.map(large, step.names(params), params)
 
 
 @pytest.mark.parametrize(
-  ("share", "devices", "chunk", "units"), [(False, 1, None, 0), (True, 1, 2, 0), (False, 2, 2, 4), (True, 8, None, 0)]
+  ("devices", "chunk", "units", "weights"),
+  [
+    (1, None, 0, TAUGHT),
+    (1, 2, 0, TAUGHT),
+    (2, 2, 4, TAUGHT),
+    (8, None, 0, TAUGHT),
+    ("2 processes", 2, 0, TAUGHT),
+    (2, 1, 0, Weights.only(nll_ce=1)),
+  ],
 )
-def test_the_teacher_before_the_student_is_the_gradient_of_the_loss(share, devices, chunk, units):
-  """All of the paper's terms, dropout and its twins, weights on their way; padded or packed, encoders shared or not."""
-  model, train, key = config.Model(scratch=TINY, share_encoder=share), PAPER, jax.random.key(7)
+def test_the_teacher_before_the_student_is_the_gradient_of_the_loss(
+  tiny_params, tmp_path, devices, chunk, units, weights
+):
+  """Dropout and its twins, weights and temperatures on their way; padded or packed, and the warm-up."""
+  model, params = tiny_params[0], larger(tiny_params[1], 4)
+  train, key, at = dataclasses.replace(FIRST, weights=weights), jax.random.key(7), 0.3
+  if weights != TAUGHT:
+    train = dataclasses.replace(train, final_weights=None)
   assert train.teaches_first
-  params = step.init_params(model, TINY, TINY, jax.random.key(0))
-  whole = jax.jit(lambda p: jax.value_and_grad(step.loss, has_aux=True)(p, make_batch(), model, train, key, 0.3))
-  (value, terms), slope = jax.device_get(whole(params))
-  train, grid = dataclasses.replace(train, chunk=chunk), mesh.make(jax.devices()[:devices])
-  with jax.set_mesh(grid):
-    batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units)), grid)
-    first = jax.jit(lambda p, batch: step.gradient(p, batch, model, train, key, 0.3))
-    (found, parts), gradient = jax.device_get(jax.block_until_ready(first(mesh.whole(params, grid), batch)))
+  if devices == "2 processes":  # they take the parameters as made, in the stage's first step
+    params, at = tiny_params[1], 0.0
+  whole = jax.jit(lambda p, at: jax.value_and_grad(step.loss, has_aux=True)(p, make_batch(), model, train, key, at))
+  (value, terms), slope = jax.device_get(whole(params, at))
+  train = dataclasses.replace(train, chunk=chunk)
+  if devices == "2 processes":
+    (found, parts), gradient = processes.run("gradients", tmp_path, model=model, train=train, tile=scores.TILE)
+  else:
+    grid = mesh.make(jax.devices()[:devices])
+    with jax.set_mesh(grid):
+      batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units)), grid)
+      first = jax.jit(lambda p, batch, at: step.gradient(p, batch, model, train, key, at))
+      given = mesh.whole(params, grid), batch, jax.device_put(jnp.float32(at), jax.NamedSharding(grid, jax.P()))
+      (found, parts), gradient = jax.device_get(jax.block_until_ready(first(*given)))
   np.testing.assert_allclose(found, value, rtol=1e-5)
-  assert set(parts) == set(terms) == Weights().active
+  assert set(parts) == set(terms) == weights.active
   for name in terms:
     np.testing.assert_allclose(parts[name], terms[name], rtol=1e-5, err_msg=name)
-  assert distance(gradient, slope) < 1e-5
+  if train.on.needs_student:
+    assert distance(gradient["student"], slope["student"]) < 1e-5
+  else:
+    assert not any(x.any() for x in jax.tree.leaves((gradient["student"], slope["student"])))
+  assert max(apart(gradient["teacher"], slope["teacher"]).values()) < 1e-5
+
+
+def apart(teacher, other):
+  """The distance of each parameter's gradient alone, but for two that softmax ignores: rounding's."""
+  pairs = zip(jax.tree.leaves(step.names(other)), jax.tree.leaves(teacher), jax.tree.leaves(other), strict=True)
+  return {name: distance(x, y) for name, x, y in pairs if not name.endswith(("key.bias", "head.bias"))}
+
+
+@pytest.mark.parametrize("term", ["nll_ce_fgm", "kl_listwise", "kl_bidirectional", "residual", "share_encoder"])
+def test_a_teacher_that_learns_from_others_too_does_not_go_first(tiny_params, term):
+  """Then the gradient is that of the loss as a whole."""
+  model, params = tiny_params[0], larger(tiny_params[1], 4)
+  train = dataclasses.replace(FIRST, weights=Weights(), final_weights=None, steps=1)
+  if term == "residual":
+    train = dataclasses.replace(train, residual=True)
+  elif term == "share_encoder":
+    model = dataclasses.replace(model, share_encoder=True)
+    params = step.init_params(model, TINY, TINY, jax.random.key(0))
+  else:
+    train = dataclasses.replace(train, weights=Weights(**{term: 1}))
+  (value, terms), slope = gradients(model, train, params, make_batch(), jax.random.key(7))
+  first = jax.jit(lambda p: step.gradient(p, make_batch(), model, train, jax.random.key(7)))
+  (found, parts), gradient = first(params)
+  np.testing.assert_allclose(found, value, rtol=1e-6)
+  assert set(parts) == set(terms)
+  assert distance(gradient, slope) < 1e-6
 
 
 def lowered(function, a, train, b):
@@ -325,10 +388,7 @@ def test_the_last_step_has_the_last_weights(tiny_params):
 
 def test_fgm_moves_the_word_embeddings_by_its_radius_along_the_gradient(tiny_params):
   """On one device, and in chunks on two; the gradient after the move is added to that before it."""
-  model, params = tiny_params
-  # As made, all passages have nearly the same logit, and the gradient is what rounding leaves of it.
-  large = lambda name, x: 10 * x if name.endswith((".kernel", ".embedding")) else x
-  params = jax.tree.map(large, step.names(params), params)
+  model, params = tiny_params[0], larger(tiny_params[1])
 
   def heard(tree):  # softmax ignores the other two
     names = jax.tree.leaves(step.names(tree["teacher"]))
@@ -429,10 +489,7 @@ def test_a_frozen_teacher_teaches_and_stays(tiny_params):
 
 def test_the_teacher_learns_only_from_its_own_loss(tiny_params):
   """Its gradient under all terms is its gradient under nll_ce alone (without dropout, keys differ)."""
-  model, params = tiny_params
-  # As made, the teacher gives all passages nearly the same logit, and its gradient is what rounding leaves of it.
-  large = lambda name, x: 10 * x if name.endswith((".kernel", ".embedding")) else x
-  params = jax.tree.map(large, step.names(params), params)
+  model, params = tiny_params[0], larger(tiny_params[1])
   alone = dataclasses.replace(FULL, weights=Weights.only(nll_ce=1))
   _, full = gradients(model, dataclasses.replace(FULL, weights=Weights()), params, make_batch(), None)
   _, own = gradients(model, alone, params, make_batch(), None)
