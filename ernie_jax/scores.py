@@ -437,16 +437,23 @@ def merged(parts: Any) -> Any:
 
 
 def scored(
-  params: Params, batch: Batch, train: config.Train, pairs: Rows, passages: Rows, noise: Noise | None, size: int
+  params: Params,
+  batch: Batch,
+  train: config.Train,
+  pairs: Rows,
+  passages: Rows | None,
+  noise: Noise | None,
+  size: int,
 ) -> Towers:
-  """The cross-encoder's half of `towers`, for some queries: their pairs, and the passages as the student reads them."""
+  """The cross-encoder's half of `towers`, for some queries: their pairs, and the passages that a student reads."""
   weights = train.on
   logits, attention = cross(params, pairs, noise, every=weights.virt > 0)
   own = lambda x: x.reshape(-1, size, *x.shape[1:])
   if not weights.kl_attention and not weights.virt:
     return Towers(cross=own(logits))
+  assert passages is not None
   longest = batch.queries.longest or batch.queries.tokens.shape[1]
-  seen = lambda attention: pair_attention(attention, pairs, passages, longest)
+  seen = partial(pair_attention, pairs=pairs, passages=passages, query_length=longest)
   if not weights.virt:
     return Towers(cross=own(logits), attention=own(seen(attention)))
   depth = (params["student"] if params["teacher"].encoder is None else params["teacher"]).encoder.architecture.layers
