@@ -442,12 +442,13 @@ def scored(
   train: config.Train,
   pairs: Rows,
   passages: Rows | None,
-  noise: Noise | None,
+  seeds: UInt32[Array, "site 3 2"] | None,
+  numbers: UInt32[Array, "b"],
   size: int,
 ) -> Towers:
   """The cross-encoder's half of `towers`, for some queries: their pairs, and the passages that a student reads."""
   weights = train.on
-  logits, attention = cross(params, pairs, noise, every=weights.virt > 0)
+  logits, attention = cross(params, pairs, of_texts(seeds, of_lists(numbers, size)), every=weights.virt > 0)
   own = lambda x: x.reshape(-1, size, *x.shape[1:])
   if not weights.kl_attention and not weights.virt:
     return Towers(cross=own(logits))
@@ -501,7 +502,7 @@ def towers(
   teaching = params if weights.trains_teacher else jax.lax.stop_gradient(params)
 
   def judged(pairs, passages, numbers):
-    return scored(teaching, batch, train, pairs, passages, of_texts(seeds["cross"], of_lists(numbers, size)), size)
+    return scored(teaching, batch, train, pairs, passages, seeds["cross"], numbers, size)
 
   def embedded(queries, passages, numbers):
     texts = numbers * 2 + 1, of_lists(numbers, size) * 2
@@ -531,8 +532,7 @@ def taught(
     size, count = parted(batch, numbers, train)
 
     def mean(teacher, pairs, passages, numbers):
-      noise = of_texts(seeds["cross"], of_lists(numbers, size))
-      made = scored({**student, "teacher": teacher}, batch, train, pairs, passages, noise, size)
+      made = scored({**student, "teacher": teacher}, batch, train, pairs, passages, seeds["cross"], numbers, size)
       return loss(made.cross, *scalars).sum() / (len(batch.known) * mesh.size()), made
 
     slope = jax.grad(mean, has_aux=True)
