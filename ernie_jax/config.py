@@ -108,6 +108,8 @@ class Data:
   )  # docstrings: whose
   cache: str = "~/.cache/ernie_jax"  # prepared data sets and downloaded weights, shared by all runs
   skip_bad: int = 0  # most bad lines that are left out and counted; one more is an error
+  # So many of the training queries, drawn alike in every run, the few among the more; None: all.
+  train_queries: int | None = None
   query_length: int = 32  # tokens, special ones included
   passage_length: int = 128
   template: Literal["bert", "rocketqa"] = "bert"  # a passage: "title: text"; or title [SEP] text, the text of type 1
@@ -127,6 +129,8 @@ class Data:
     )
     check(len(self.packages) > 0, "data.packages", self.packages, "name at least one package, such as python")
     check(self.skip_bad >= 0, "data.skip_bad", self.skip_bad, "must be 0 or more")
+    count = self.train_queries
+    check(count is None or count >= 1, "data.train_queries", count, "must be at least 1, or None for all")
     for field in ("query_length", "passage_length"):
       check(getattr(self, field) >= 4, f"data.{field}", getattr(self, field), "needs at least 4 tokens")
     check(self.pack is None or self.pack >= 1, "data.pack", self.pack, "use 128 to 512 tokens, or None for no packing")

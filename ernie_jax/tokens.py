@@ -191,6 +191,8 @@ def store(dataset: Dataset, split: str, tokenizer: Tokenizer, settings: config.D
     parts = [corpus.titles if split == "titles" else dataset.queries[split].texts]
   blocks = ([list(part[begin : begin + BLOCK]) for part in parts] for begin in range(0, len(parts[0]), BLOCK))
   said = f"{dataset.fingerprint} {split} {digest(tokenizer)} {'title [SEP] text' if apart else 'text'}"
+  if split == "train" and settings.train_queries is not None:
+    said += f" {settings.train_queries} of them"
   return _kept(said, lambda: (len(parts[0]), blocks), tokenizer, settings)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ernie_jax import datasets
+from ernie_jax import datasets, tokens
 from ernie_jax.config import Data, UserError
 from ernie_jax.datasets import docstrings
 
@@ -284,6 +284,35 @@ def test_a_second_load_reads_the_same(library, capfd):
   assert list(again.corpus.passages) == list(data.corpus.passages)
   assert again.qrels("dev") == data.qrels("dev")
   assert capfd.readouterr() == ("", "")
+
+
+def test_fewer_training_queries_are_rows_of_the_whole(library):
+  """Each with its own text, positives and tokens; those among few are among more; all else stays."""
+  data, settings = library
+  few, more = (datasets.load(dataclasses.replace(settings, train_queries=count)) for count in (40, 300))
+  assert few.fingerprint == data.fingerprint
+  assert few.qrels("test") == data.qrels("test")
+  every, tokenizer = data.queries["train"], tokens.Tokenizer.train(data.corpus.passages, 500)
+  whole = tokens.store(data, "train", tokenizer, settings)
+  for found, count in ((few, 40), (more, 300)):
+    own = found.queries["train"]
+    rows = [every.ids.index(name) for name in own.ids]
+    assert len(rows) == count
+    assert rows == sorted(set(rows))
+    assert rows != list(range(count))
+    assert list(own.texts) == [every.texts[row] for row in rows]
+    assert own.texts[3:5] == list(own.texts)[3:5]
+    for mine, all_of_them in ((own.positives, every.positives), (own.negatives, every.negatives)):
+      assert [x.tolist() for x in mine] == [all_of_them[row].tolist() for row in rows]
+    stored = tokens.store(found, "train", tokenizer, dataclasses.replace(settings, train_queries=count))
+    assert [x.tolist() for x in stored] == [whole[row].tolist() for row in rows]
+  assert set(few.queries["train"].ids) < set(more.queries["train"].ids)
+
+
+@pytest.mark.parametrize(("count", "says"), [(0, "must be at least 1"), (10**6, "there are ")])
+def test_a_number_of_training_queries_that_cannot_be(library, count, says):
+  with pytest.raises(UserError, match=f"data.train_queries={count}: {says}"):
+    datasets.load(dataclasses.replace(library[1], train_queries=count))
 
 
 def test_a_killed_preparation_is_done_again(library, tmp_path):

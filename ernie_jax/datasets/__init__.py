@@ -36,13 +36,19 @@ PER_FILE = 2**20  # rows of an array_record file
 
 
 class Texts(Sequence[str]):
-  """N texts, each made of a row of a prepared split: read when they are asked for, `BLOCK` at a time in a loop."""
+  """N texts, each made of a row of a prepared split: read when they are asked for, `BLOCK` at a time in a loop.
 
-  def __init__(self, source: Any, make: Callable[[dict[str, Any]], str], place: Path):
+  `rows` are those of the split that are among them; None: all.
+  """
+
+  def __init__(
+    self, source: Any, make: Callable[[dict[str, Any]], str], place: Path, rows: Sequence[int] | None = None
+  ):
     self.source, self.make, self.place = source, make, place
+    self.rows = range(len(source)) if rows is None else rows
 
   def __len__(self) -> int:
-    return len(self.source)
+    return len(self.rows)
 
   def __getitem__(self, row: Any) -> Any:
     """One text, or the list of a slice."""
@@ -60,7 +66,7 @@ class Texts(Sequence[str]):
     if not len(rows):
       return []
     try:
-      return [self.make(row) for row in self.source.__getitems__(list(rows))]
+      return [self.make(row) for row in self.source.__getitems__([self.rows[row] for row in rows])]
     except Exception as error:  # the array_record reader and TFDS raise errors of many types
       raise _damaged(self.place, error) from error
 
@@ -97,6 +103,13 @@ class Queries:
   texts: Sequence[str]
   positives: columns.Ragged  # one or more each: the passages that answer it
   negatives: columns.Ragged  # passages that the data set brings as hard negatives; may be none
+
+  def some(self, count: int) -> Queries:
+    """So many of them in their order, drawn always alike: whatever is among few is among more."""
+    assert isinstance(self.texts, Texts)
+    rows = np.sort(np.random.default_rng(0).permutation(len(self.ids))[:count])
+    texts = Texts(self.texts.source, self.texts.make, self.texts.place, rows.tolist())
+    return Queries([self.ids[row] for row in rows], texts, self.positives.take(rows), self.negatives.take(rows))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +229,7 @@ class RetrievalBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def load(data: Data) -> Dataset:
-  """Opens the data set in the cache; prepares it there first if need be.
+  """Opens the data set in the cache; prepares it there first if need be. The fingerprint is that of the whole.
 
   Safe to kill and safe to run in several processes: one of them prepares into a temporary folder that is
   renamed when it is whole, the others wait. Raises a `UserError` if the data set cannot be made or written.
@@ -228,9 +241,15 @@ def load(data: Data) -> Dataset:
     # A builder looks at the disk when it is made: the first may have been made before another process wrote.
     builder = source.builder(data, directory)
     try:
-      return read(builder)
+      found = read(builder)
     except Exception as error:  # the array_record reader and TFDS raise errors of many types
       raise _damaged(Path(builder.data_dir), error) from error
+  wanted, train = data.train_queries, found.queries["train"]
+  if wanted is None:
+    return found
+  if wanted > len(train.ids):
+    raise UserError(f"data.train_queries={wanted}: there are {len(train.ids)}; name at most as many, or None for all")
+  return dataclasses.replace(found, queries=found.queries | {"train": train.some(wanted)})
 
 
 def _damaged(place: Path, error: Exception) -> UserError:
