@@ -50,6 +50,10 @@ class Texts(Sequence[str]):
   def __len__(self) -> int:
     return len(self.rows)
 
+  def take(self, rows: np.ndarray) -> Texts:
+    """Some of them, as they are asked for, too."""
+    return Texts(self.source, self.make, self.place, [self.rows[row] for row in rows.tolist()])
+
   def __getitem__(self, row: Any) -> Any:
     """One text, or the list of a slice."""
     if isinstance(row, slice):
@@ -108,8 +112,8 @@ class Queries:
     """So many of them in their order, drawn always alike: whatever is among few is among more."""
     assert isinstance(self.texts, Texts)
     rows = np.sort(np.random.default_rng(0).permutation(len(self.ids))[:count])
-    texts = Texts(self.texts.source, self.texts.make, self.texts.place, rows.tolist())
-    return Queries([self.ids[row] for row in rows], texts, self.positives.take(rows), self.negatives.take(rows))
+    ids = [self.ids[row] for row in rows]
+    return Queries(ids, self.texts.take(rows), self.positives.take(rows), self.negatives.take(rows))
 
 
 @dataclasses.dataclass(frozen=True)
