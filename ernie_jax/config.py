@@ -326,7 +326,6 @@ class Optimizer:
   warmup: float = 0.1  # share of the stage's steps
   weight_decay: float = 0.01
   clip: float = 1.0  # largest global gradient norm
-  shard: bool = False  # each device keeps and updates a part of AdamW's moments (ZeRO-1): for a large teacher
 
   def __post_init__(self):
     check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")

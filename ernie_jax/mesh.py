@@ -218,19 +218,31 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def split(x: jax.Array) -> jax.Array:
-  """The array, split over the devices along its first axis that they divide; whole if there is none, or no mesh."""
+  """The array, split over the devices along its first axis that they divide; whole if there is none, or no mesh.
+
+  A gradient of `reduced` parameters is summed on the way.
+  """
   here = jax.sharding.get_abstract_mesh()
   if here.empty:
     return x
   axis = next((i for i, n in enumerate(x.shape) if n and n % here.size == 0), None)
-  return x if axis is None else jax.sharding.reshard(x, P(*[None] * axis, "data"))
+  return jax.sharding.reshard(x, P() if axis is None else P(*[None] * axis, "data"))
+
+
+def reduced(x: jax.Array) -> jax.Array:
+  """The array as it is, on every device, for a gradient that is left unsummed: a part for each device to `split`.
+
+  So each device receives the sum of its share alone, where all would receive all of it and drop the rest.
+  """
+  # Of one device there is nothing to sum, and JAX fails to write the sum down.
+  return x if size() == 1 else jax.sharding.reshard(x, P(reduced={"data"}))
 
 
 def per_device(function: Callable[..., Any], params: Any, *rows: Any) -> Any:
   """`function(params, *rows)` on each device's own share of the rows; what it returns is split in the same way.
 
-  The gradient of `params` is summed over the devices once, after the whole backward pass of `function`: without
-  `pcast`, a loop over chunks would sum it at every turn.
+  The gradient of `params` is summed over the devices once, after the whole backward pass of `function` (if they are
+  `reduced`, whenever it is asked for): without `pcast`, a loop over chunks would sum it at every turn.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return function(params, *rows)
@@ -238,4 +250,5 @@ def per_device(function: Callable[..., Any], params: Any, *rows: Any) -> Any:
   def local(params, *rows):
     return function(jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), params), *rows)
 
-  return jax.shard_map(local, in_specs=(P(), *[P("data")] * len(rows)), out_specs=P("data"))(params, *rows)
+  own = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
+  return jax.shard_map(local, in_specs=(own, *[P("data")] * len(rows)), out_specs=P("data"))(params, *rows)

@@ -395,7 +395,6 @@ def remedies(model: config.Model, train: config.Train, stage: str) -> str:
     ((train.chunk or 1) > 1, f"a smaller --{stage}.chunk"),
     (not model.remat, "--model.remat True"),
     (model.dtype != "bfloat16", "--model.dtype bfloat16"),
-    (not train.optimizer.shard, f"--{stage}.optimizer.shard True"),
     (train.batch > 1, f"a smaller --{stage}.batch"),
   ]
   return ", ".join(way for useful, way in ways if useful) + ", or more chips"

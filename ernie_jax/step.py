@@ -140,9 +140,13 @@ def updated(
   return params, optax.ApplyIfFiniteState(in_a_row, finite, total, inner)
 
 
-def part(tree: Any, train: config.Train) -> Any:
-  """What each device updates: everything, or its share (ZeRO-1)."""
-  return jax.tree.map(mesh.split, tree) if train.optimizer.shard else tree
+def shares(tree: scores.Params, model: config.Model, train: config.Train) -> scores.Params:
+  """What each device updates: its share of each parameter, or of its gradient (ZeRO-1); the frozen ones stay whole."""
+
+  def own(name, x):
+    return mesh.replicate(x) if group(name, model, train.on) == "frozen" else mesh.split(x)
+
+  return jax.tree.map(own, names(tree), tree)
 
 
 def init_state(params: scores.Params, model: config.Model, train: config.Train) -> State:
@@ -152,7 +156,10 @@ def init_state(params: scores.Params, model: config.Model, train: config.Train) 
   @jax.jit
   def fresh(params):
     return optax.ApplyIfFiniteState(
-      jnp.zeros((), jnp.int32), jnp.array(True), jnp.zeros((), jnp.int32), optimizer.init(part(params, train))
+      jnp.zeros((), jnp.int32),
+      jnp.array(True),
+      jnp.zeros((), jnp.int32),
+      optimizer.init(jax.tree.map(mesh.split, params)),
     )
 
   return State(mesh.replicate(jnp.zeros((), jnp.int32)), params, fresh(params))
@@ -239,11 +246,12 @@ def fgm(
   def at(move, params):
     moved = jax.tree.map(lambda x: x, params)
     word = moved[tower].encoder.word
-    word.embedding = nnx.Param(word.embedding[...] + move)
+    word.embedding = nnx.Param(mesh.reduced(word.embedding[...]) + mesh.reduced(move))
     return losses.terms(scores.score(moved, batch, model, alone, key), alone, done)["nll_ce"]
 
   # Of constants: a gradient of this gradient, which is not asked for, is not there where cuDNN computes attention.
-  slope = jax.grad(at)(jnp.zeros_like(params[tower].encoder.word.embedding[...]), jax.lax.stop_gradient(params))
+  zero = jnp.zeros(params[tower].encoder.word.embedding[...].shape)
+  slope = jax.grad(at)(zero, jax.lax.stop_gradient(params))
   return at(jax.lax.stop_gradient(train.fgm_radius * scores.unit(slope.ravel()).reshape(slope.shape)), params)
 
 
@@ -262,8 +270,9 @@ def make_train_step(
 
   def train_step(state, batch, key):
     key = jax.random.fold_in(key, state.step)
-    (value, terms), slope = gradient(state.params, batch, model, train, key, done(state.step, train))
-    slope, params = part(slope, train), part(state.params, train)
+    held = jax.tree.map(mesh.reduced, state.params)
+    (value, terms), slope = gradient(held, batch, model, train, key, done(state.step, train))
+    slope, params = shares(slope, model, train), shares(state.params, model, train)
     norm = optax.tree.norm(slope)
     params, moments = updated(optimizer, slope, norm, state.optimizer, params)
     logs = terms | {

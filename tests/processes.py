@@ -72,11 +72,10 @@ def checkpoint(work, directory, devices=COUNT):
 
   from ernie_jax import checkpoints
 
-  stage = dataclasses.replace(STAGE, optimizer=config.Optimizer(shard=True))
   grid = mesh.make(jax.devices()[:devices])
   with jax.set_mesh(grid), checkpoints.Checkpoints(directory) as manager:
     params = step.init_params(MODEL, conftest.TINY, conftest.TINY, jax.random.key(0))
-    state = step.init_state(mesh.whole(params, grid), MODEL, stage)
+    state = step.init_state(mesh.whole(params, grid), MODEL, STAGE)
     if work == "save":
       for number in (2, 3):
         manager.save(jax.jit(at, static_argnums=1)(state, number), {"next_index": number})
