@@ -155,12 +155,8 @@ def init_state(params: scores.Params, model: config.Model, train: config.Train) 
 
   @jax.jit
   def fresh(params):
-    return optax.ApplyIfFiniteState(
-      jnp.zeros((), jnp.int32),
-      jnp.array(True),
-      jnp.zeros((), jnp.int32),
-      optimizer.init(jax.tree.map(mesh.split, params)),
-    )
+    moments = optimizer.init(shares(params, model, train))
+    return optax.ApplyIfFiniteState(jnp.zeros((), jnp.int32), jnp.array(True), jnp.zeros((), jnp.int32), moments)
 
   return State(mesh.replicate(jnp.zeros((), jnp.int32)), params, fresh(params))
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY, distance, make_batch
 from flax import nnx
 
-from ernie_jax import config, cost, encoder, losses, mesh, scores, step
+from ernie_jax import config, cost, encoder, losses, mesh, plan, scores, step
 from ernie_jax.config import Optimizer, Train, Weights
 
 PEERS = Weights(margin_mse=1, kl_listwise=1, kl_bidirectional=1, virt=1)  # beside the paper's terms
@@ -284,6 +284,23 @@ def test_a_step_of_many_devices_is_that_of_one_and_each_holds_its_share_of_the_m
   assert (np.concatenate(apart) > 1e-3 * FULL.optimizer.learning_rate).mean() < 1e-4
   np.testing.assert_allclose(made[1][2]["gradient_norm"], made[0][2]["gradient_norm"], rtol=1e-5)
   assert held[1] < held[0] / 4
+
+
+def test_what_is_frozen_is_neither_summed_over_devices_nor_gathered(tiny_params):
+  """The dual-encoder under a frozen cross-encoder: no more is sent than the student's gradient and parameters."""
+  model, params = tiny_params
+  grid = mesh.make()
+  train = dataclasses.replace(FULL, weights=Weights.only(kl_ce_de=1))
+  with jax.set_mesh(grid):
+    state = step.init_state(mesh.whole(params, grid), model, train)
+    batch = mesh.shard(jax.tree.map(np.asarray, make_batch()), grid)
+    program = step.make_train_step(model, train).lower(state, batch, jax.random.key(0)).compile().as_text()
+  found = plan.collectives(*plan.computations(program), grid.size)
+  sent = lambda kind: sum(c.bytes * c.times for c in found if c.kind == kind)
+  student, teacher = (sum(x.nbytes for x in jax.tree.leaves(params[name])) for name in ("student", "teacher"))
+  few = 1000  # losses and norms, vectors and texts of the pool
+  assert 0.7 * student < sent("all-gather") < student + few < student + teacher / 2
+  assert 0.7 * student < sent("all-reduce") < student + few
 
 
 @pytest.mark.parametrize("dtype", ["mixed", "bfloat16"])
