@@ -3,7 +3,8 @@
 One jitted step serves a laptop, a GPU and a pod: what used to be `pmap` (one program per device) and `pjit` (jit with
 shardings) is `jax.jit` on arrays that carry their sharding. The axis is explicit, so the compiler inserts no hidden
 communication: the encoders run on each device's own rows (`per_device`), passages for cross-batch negatives are
-gathered by `replicate`, and nothing else moves but sums over queries and the gradient.
+gathered by `replicate`, and nothing else moves but sums over queries, the gradient, and the parameters that each device
+has updated its share of.
 """
 
 from __future__ import annotations
@@ -218,31 +219,19 @@ def replicate(x: jax.Array) -> jax.Array:
 
 
 def split(x: jax.Array) -> jax.Array:
-  """The array, split over the devices along its first axis that they divide; whole if there is none, or no mesh.
-
-  A gradient of `reduced` parameters is summed on the way.
-  """
+  """The array, split over the devices along its first axis that they divide; whole if there is none, or no mesh."""
   here = jax.sharding.get_abstract_mesh()
   if here.empty:
     return x
   axis = next((i for i, n in enumerate(x.shape) if n and n % here.size == 0), None)
-  return jax.sharding.reshard(x, P() if axis is None else P(*[None] * axis, "data"))
-
-
-def reduced(x: jax.Array) -> jax.Array:
-  """The array as it is, on every device, for a gradient that is left unsummed: a part for each device to `split`.
-
-  So each device receives the sum of its share alone, where all would receive all of it and drop the rest.
-  """
-  # Of one device there is nothing to sum, and JAX fails to write the sum down.
-  return x if size() == 1 else jax.sharding.reshard(x, P(reduced={"data"}))
+  return x if axis is None else jax.sharding.reshard(x, P(*[None] * axis, "data"))
 
 
 def per_device(function: Callable[..., Any], params: Any, *rows: Any) -> Any:
   """`function(params, *rows)` on each device's own share of the rows; what it returns is split in the same way.
 
-  The gradient of `params` is summed over the devices once, after the whole backward pass of `function` (if they are
-  `reduced`, whenever it is asked for): without `pcast`, a loop over chunks would sum it at every turn.
+  The gradient of `params` is summed over the devices once, after the whole backward pass of `function`: without
+  `pcast`, a loop over chunks would sum it at every turn.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return function(params, *rows)
@@ -250,5 +239,4 @@ def per_device(function: Callable[..., Any], params: Any, *rows: Any) -> Any:
   def local(params, *rows):
     return function(jax.tree.map(lambda x: jax.lax.pcast(x, "data", to="varying"), params), *rows)
 
-  own = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, params)
-  return jax.shard_map(local, in_specs=(own, *[P("data")] * len(rows)), out_specs=P("data"))(params, *rows)
+  return jax.shard_map(local, in_specs=(P(), *[P("data")] * len(rows)), out_specs=P("data"))(params, *rows)

@@ -142,10 +142,7 @@ def updated(
 
 def shares(tree: scores.Params, model: config.Model, train: config.Train) -> scores.Params:
   """What each device updates: its share of each parameter, or of its gradient (ZeRO-1); the frozen ones stay whole."""
-
-  def own(name, x):
-    return mesh.replicate(x) if group(name, model, train.on) == "frozen" else mesh.split(x)
-
+  own = lambda name, x: x if group(name, model, train.on) == "frozen" else mesh.split(x)
   return jax.tree.map(own, names(tree), tree)
 
 
@@ -242,12 +239,11 @@ def fgm(
   def at(move, params):
     moved = jax.tree.map(lambda x: x, params)
     word = moved[tower].encoder.word
-    word.embedding = nnx.Param(mesh.reduced(word.embedding[...]) + mesh.reduced(move))
+    word.embedding = nnx.Param(word.embedding[...] + move)
     return losses.terms(scores.score(moved, batch, model, alone, key), alone, done)["nll_ce"]
 
   # Of constants: a gradient of this gradient, which is not asked for, is not there where cuDNN computes attention.
-  zero = jnp.zeros(params[tower].encoder.word.embedding[...].shape)
-  slope = jax.grad(at)(zero, jax.lax.stop_gradient(params))
+  slope = jax.grad(at)(jnp.zeros_like(params[tower].encoder.word.embedding[...]), jax.lax.stop_gradient(params))
   return at(jax.lax.stop_gradient(train.fgm_radius * scores.unit(slope.ravel()).reshape(slope.shape)), params)
 
 
@@ -266,8 +262,7 @@ def make_train_step(
 
   def train_step(state, batch, key):
     key = jax.random.fold_in(key, state.step)
-    held = jax.tree.map(mesh.reduced, state.params)
-    (value, terms), slope = gradient(held, batch, model, train, key, done(state.step, train))
+    (value, terms), slope = gradient(state.params, batch, model, train, key, done(state.step, train))
     slope, params = shares(slope, model, train), shares(state.params, model, train)
     norm = optax.tree.norm(slope)
     params, moments = updated(optimizer, slope, norm, state.optimizer, params)

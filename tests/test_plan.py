@@ -182,7 +182,7 @@ def test_the_slices_of_a_sweep_have_16_to_256_chips():
 
 
 def test_a_real_step_names_its_collectives():
-  """8 virtual devices: the gradient of every parameter is summed, and passage vectors are gathered."""
+  """8 virtual devices: each gradient is summed; passage vectors, and parameters where they divide, are gathered."""
   model, train = Model(late_width=8), Train(batch=8, negatives=2)
   with jax.set_mesh(mesh.make()):
     params = jax.eval_shape(lambda key: step.init_params(model, TINY, TINY, key), jax.random.key(0))
@@ -197,7 +197,10 @@ def test_a_real_step_names_its_collectives():
   summed = sum(c.bytes * c.times for c in found if c.kind == "all-reduce")
   gradient = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
   assert gradient <= summed < 2 * gradient  # the student may be summed once for queries and once for passages
-  assert any(c.kind == "all-gather" and c.bytes >= 24 * TINY.width * 4 for c in found)
+  gathered = sum(c.bytes * c.times for c in found if c.kind == "all-gather")
+  spread = [x for x in jax.tree.leaves(params) if any(n % 8 == 0 for n in x.shape)]
+  least = sum(x.size * x.dtype.itemsize for x in spread) + 24 * TINY.width * 4
+  assert least <= gathered < 1.1 * least
 
 
 @pytest.mark.parametrize("pairs", [False, True])
@@ -342,7 +345,7 @@ def test_a_small_step_on_sixteen_chips():
   told = plan.plan(SMALL, "cascade", "v5e:4x4")
   assert told.cycles > 0
   assert {c.kind for c in told.collectives} >= {"all-reduce"}
-  assert told.memory["optimizer state"] >= 2 * told.memory["parameters"] * 0.9
+  assert 1 <= told.memory["optimizer state"] / (2 * told.memory["parameters"] / 16) < 1.1  # a share of both moments
   assert 0 < sum(told.memory.values()) < 2**30
   assert "fits" in plan.table(told)
 

@@ -446,6 +446,7 @@ def test_a_run_from_before_a_field_was_there_continues(tmp_path):
   path = tmp_path / "run" / "config.json"
   old = json.loads(path.read_text())
   del old["model"]["start_layers"], old["model"]["dual_width"]
+  old["cascade"]["optimizer"]["shard"] = False  # was one once
   path.write_text(json.dumps(old))
   recipe.claim(tmp_path / "run", config.Config(), fresh=False)
   with pytest.raises(config.UserError, match=r"holds a run with model\.dual_width=None, not 8"):
