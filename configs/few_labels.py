@@ -8,7 +8,7 @@
 Measured on 2 CPU cores, three seeds (RESULTS.md): 0.431 in the dual-encoder and 0.526 in late interaction, 0.03 to 0.07
 and 0.01 to 0.02 above the dual-encoder's own loss, no cross-encoder and a uniform one (p < 0.05 each); BM25 has 0.551.
 Controls that are stopped in time (`--rows own`) are 0.01 below it in the dual-encoder, alike in late interaction.
-A student of six layers: `--model.start runs/quickstart`, which was run with fewer seeds (RESULTS.md too).
+A student of six layers, `--model.start runs/quickstart`: not above its own loss by more than chance (RESULTS.md).
 `--model.dtype mixed`, which was used, is for a CPU with products of bfloat16.
 """
 
