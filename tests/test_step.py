@@ -263,26 +263,27 @@ def test_an_update_is_that_of_optax_whether_finite_or_not(tiny_params, devices):
     assert jax.tree.structure(state) == jax.tree.structure(wrapped)
 
 
-def test_a_step_of_many_devices_is_that_of_one_and_each_holds_its_share_of_the_moments(tiny_params):
+def test_an_update_in_shares_makes_the_same_step_with_less_memory(tiny_params, monkeypatch):
   model, params = tiny_params
+  grid = mesh.make()
   train = dataclasses.replace(FULL, weights=Weights.only(nll_ce=1))
   made, held = [], []
-  for devices in (1, 8):
-    grid = mesh.make(jax.devices()[:devices])
-    with jax.set_mesh(grid):
+  with jax.set_mesh(grid):
+    for shares in (lambda tree, *_: tree, step.shares):
+      monkeypatch.setattr(step, "shares", shares)
       state = step.init_state(jax.tree.map(jnp.copy, mesh.whole(params, grid)), model, train)
       train_step = step.make_train_step(model, train)
       for seed in range(2):
         batch = mesh.shard(jax.tree.map(np.asarray, make_batch(seed)), grid)
         state, logs = jax.block_until_ready(train_step(state, batch, jax.random.key(0)))
       assert train_step._cache_size() == 1
-      made.append(jax.device_get((state.params, state.optimizer.inner_state, logs)))
+      made.append(jax.device_get((state.params, logs)))
       held.append(sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.optimizer)))
-  assert distance(made[1][1], made[0][1]) < 1e-5
-  # An entry whose gradient is nearly 0 is moved as far as any other, and so is what rounding changes of it.
-  apart = [np.abs(x - y).ravel() for x, y in zip(*(jax.tree.leaves(own[0]) for own in made), strict=True)]
-  assert (np.concatenate(apart) > 1e-3 * FULL.optimizer.learning_rate).mean() < 1e-4
-  np.testing.assert_allclose(made[1][2]["gradient_norm"], made[0][2]["gradient_norm"], rtol=1e-5)
+  # A thousandth of what a step moves. An entry whose gradient is nearly 0 (3.7e-7 here) is moved as far as any other,
+  # and so is what rounding changes of it.
+  apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), made[1][0], made[0][0])
+  assert max(jax.tree.leaves(apart)) < 1e-3 * FULL.optimizer.learning_rate
+  np.testing.assert_allclose(made[1][1]["gradient_norm"], made[0][1]["gradient_norm"], rtol=1e-5)
   assert held[1] < held[0] / 4
 
 
