@@ -43,8 +43,8 @@ Group = Literal["loss", "controls", "strategy", "own"]
 GROUPS: tuple[Group, ...] = ("loss", "controls", "strategy", "own")
 USUAL = ("loss", "controls")  # rows without `--rows`
 SYSTEMS = {"dual": "DE", "late": "LI"}
-SHOWN = ("MRR@10", "R@20")  # columns of the table; JSON and CSV have all of `evaluate.MEASURES`
-COMPARED = "MRR@10"
+SHOWN = ("MRR@10", "R@20")  # in the table, and compared to full's; JSON and CSV have all of `evaluate.MEASURES`
+PLOTTED = "MRR@10"
 FILE = "ablation.config.json"  # not config.json: the folder holds runs and is none
 LOCK = ".lock"  # a file in a folder that one process at a time may change; 0.lock beside the folder of seed 0
 
@@ -389,7 +389,7 @@ def summary(
     "devices": f"{jax.device_count()} {jax.devices()[0].device_kind}",
     "seeds": sorted({int(seed) for row in rows if row.config.cascade.steps for seed in files[row.name]}),
     "measures": list(evaluate.MEASURES),
-    "compared": COMPARED,
+    "compared": list(SHOWN),
     "caption": caption(full, prepared["data"]),
     "left_out": left_out,
     "rows": lines,
@@ -407,26 +407,28 @@ def compared(runs: dict[str, dict[str, Values]], full: dict[str, dict[str, Value
   """Of runs {seed: {system: values}}: each seed's metrics, mean and deviation over seeds, the difference to full's.
 
   `seeds` is {seed: {system: {measure: value}}}; `mean` and `deviation` are {system: {measure: value}}, the latter the
-  sample's, None for one seed. `minus_full` is {system: {difference, low, high, p}} of `COMPARED`, None for `full`
-  itself: each query's values are averaged over seeds, then compared over queries.
+  sample's, None for one seed. `minus_full` is {system: {measure: {difference, low, high, p}}} of `SHOWN`, None for
+  `full` itself: each query's values are averaged over seeds, then compared over queries.
   """
   systems = list(next(iter(runs.values())))
   seeds = {seed: {s: {m: evaluate.mean(v) for m, v in own[s].items()} for s in systems} for seed, own in runs.items()}
   over = lambda pick: {s: {m: pick([own[s][m] for own in seeds.values()]) for m in evaluate.MEASURES} for s in systems}
   minus = None
   if runs is not full:
-    pairs = {s: (averaged(runs, s), averaged(full, s)) for s in systems}
-    minus = {
-      s: dict(zip(("difference", "low", "high"), evaluate.bootstrap(a, b))) | {"p": evaluate.p_value(a, b)}
-      for s, (a, b) in pairs.items()
-    }
+    minus = {s: {m: difference(averaged(runs, s, m), averaged(full, s, m)) for m in SHOWN} for s in systems}
   deviation = over(statistics.stdev) if len(runs) > 1 else None
   return {"seeds": seeds, "mean": over(statistics.fmean), "deviation": deviation, "minus_full": minus}
 
 
-def averaged(runs: dict[str, dict[str, Values]], system: str) -> dict[str, float]:
-  """Each query's value of `COMPARED`, its mean over seeds."""
-  each = [own[system][COMPARED] for own in runs.values()]
+def difference(row: dict[str, float], full: dict[str, float]) -> dict[str, float]:
+  """Of each query's values: the mean difference, its 95 % interval, and p."""
+  found = dict(zip(("difference", "low", "high"), evaluate.bootstrap(row, full)))
+  return found | {"p": evaluate.p_value(row, full)}
+
+
+def averaged(runs: dict[str, dict[str, Values]], system: str, measure: str) -> dict[str, float]:
+  """Each query's value, its mean over seeds."""
+  each = [own[system][measure] for own in runs.values()]
   return {query: statistics.fmean(own[query] for own in each) for query in each[0]}
 
 
@@ -435,9 +437,9 @@ def caption(full: Config, data: dict[str, Any]) -> str:
     f"{data['queries']['test']:,} test queries over {data['passages']:,} passages ({data['fingerprint']}). DE is the "
     f"dual-encoder, LI late interaction over its {full.evaluate.late_depth} best. Mean ± standard deviation over seeds "
     f"of the cascade; all stages before it have seed {full.seed} and are shared by the rows whose configurations agree "
-    f"there. Δ is the difference to full in {COMPARED}, p that of a two-sided paired randomisation test over queries, "
-    "each query's values averaged over a row's seeds: it tells what other queries might show, not other seeds, and is "
-    "not corrected for the number of rows."
+    "there. Δ is the difference to full, p that of a two-sided paired randomisation test over queries, each query's "
+    "values averaged over a row's seeds: it tells what other queries might show, not other seeds, and is not corrected "
+    "for the number of rows."
   )
 
 
@@ -451,17 +453,17 @@ def write(table: dict[str, Any], directory: Path) -> None:
 
 def cells(table: dict[str, Any]) -> list[list[str]]:
   """The table as text, its head first."""
-  head = ["row", *(f"{short} {m}" for short in SYSTEMS.values() for m in SHOWN), "seeds"]
-  lines = [[*head, *(f"Δ {short} (p)" for short in SYSTEMS.values())]]
+  columns = [(s, m) for s in SYSTEMS for m in SHOWN]
+  titles = [f"{SYSTEMS[s]} {m}" for s, m in columns]
+  lines = [["row", *titles, "seeds", *(f"Δ {title} (p)" for title in titles)]]
   for row in table["rows"]:
     line = [row["label"]]
-    for system in SYSTEMS:
-      for measure in SHOWN:
-        value = f"{row['mean'][system][measure]:.3f}" if system in row["mean"] else "–"
-        line.append(f"{value} ± {row['deviation'][system][measure]:.3f}" if row["deviation"] else value)
+    for system, measure in columns:
+      value = f"{row['mean'][system][measure]:.3f}" if system in row["mean"] else "–"
+      line.append(f"{value} ± {row['deviation'][system][measure]:.3f}" if row["deviation"] else value)
     line.append(str(len(row["folders"])) if row["folders"] else "–")
-    for system in SYSTEMS:
-      own = (row["minus_full"] or {}).get(system)
+    for system, measure in columns:
+      own = (row["minus_full"] or {}).get(system, {}).get(measure)
       line.append(f"{own['difference']:+.3f} ({own['p']:.4f})" if own else "–")
     lines.append(line)
   return lines
@@ -479,18 +481,18 @@ def markdown(table: dict[str, Any]) -> str:
 def comma_separated(table: dict[str, Any]) -> str:
   """A line for each row and all its numbers, every digit of them; what is not there is empty."""
   columns = [(s, m) for s in SYSTEMS for m in table["measures"]]
-  kinds = ("difference", "low", "high", "p")
+  against = [(s, m, kind) for s in SYSTEMS for m in table["compared"] for kind in ("difference", "low", "high", "p")]
   file = io.StringIO()
   writer = csv.writer(file, lineterminator="\n")
   writer.writerow(
     ["name", "label", "group", "seeds"]
     + [f"{s}.{m}.{kind}" for s, m in columns for kind in ("mean", "deviation")]
-    + [f"{s}.{table['compared']}.minus_full.{kind}" for s in SYSTEMS for kind in kinds]
+    + [f"{s}.{m}.minus_full.{kind}" for s, m, kind in against]
   )
   for row in table["rows"]:
     of = lambda what, s, m: ((row[what] or {}).get(s) or {}).get(m, "")
     numbers = [of(what, s, m) for s, m in columns for what in ("mean", "deviation")]
-    numbers += [of("minus_full", s, kind) for s in SYSTEMS for kind in kinds]
+    numbers += [(of("minus_full", s, m) or {}).get(kind, "") for s, m, kind in against]
     writer.writerow([row["name"], row["label"], row["group"], " ".join(row["folders"]), *numbers])
   return file.getvalue()
 
@@ -503,7 +505,7 @@ def plot(table: dict[str, Any]) -> bytes:
   import matplotlib
   from matplotlib.figure import Figure
 
-  rows, measure, blue = table["rows"], table["compared"], "#1f5fa8"
+  rows, measure, blue = table["rows"], PLOTTED, "#1f5fa8"
   full = next(row for row in rows if row["name"] == "full")
   with matplotlib.rc_context({"svg.hashsalt": "ablation", "font.size": 9}):
     figure = Figure(figsize=(10, 1.4 + 0.26 * len(rows)), layout="constrained")
@@ -513,7 +515,7 @@ def plot(table: dict[str, Any]) -> bytes:
       panel.axvline(line, color="0.6", linewidth=0.8, zorder=0)
       drawn = sorted(enumerate(rows), key=lambda pair: pair[1]["group"] == "baseline")  # last, when the axis is set
       for y, row in [(y, row) for y, row in drawn if system in row["mean"]]:
-        mean, own = row["mean"][system][measure], (row["minus_full"] or {}).get(system)
+        mean, own = row["mean"][system][measure], (row["minus_full"] or {}).get(system, {}).get(measure)
         if row["group"] == "baseline":
           panel.set_xlim(panel.get_xlim())
           left, right = panel.get_xlim()

@@ -632,7 +632,6 @@ def score(
     scores["cross"] = mesh.split(jnp.zeros((size, len(batch.texts) // size), jnp.float32))
 
   if weights.needs_student:
-    scores["dual"] = jnp.einsum("bh,bkh->bk", q.vector, own(p.vector))
     everyone = mesh.replicate(batch.texts)
     known = (batch.known[:, None, :] == everyone[None, :, None]).any(-1)  # [B, P]
     among = lambda scores: scores
@@ -641,11 +640,13 @@ def score(
       others = mesh.split(group(size))[:, None] != group(len(batch.texts))[None, :]
       known |= others
       among = lambda scores: jnp.where(others, -jnp.inf, scores)
-    whole = jnp.einsum("bh,ph->bp", q.vector, mesh.replicate(p.vector))
-    scores["dual_pool"] = pool(scores["dual"], whole, known)
 
-    if weights.needs_twin:
-      scores["twins"] = (among(whole), among(jnp.einsum("bh,ph->bp", q.twin, mesh.replicate(p.twin))))
+    if weights.needs_dual:
+      scores["dual"] = jnp.einsum("bh,bkh->bk", q.vector, own(p.vector))
+      whole = jnp.einsum("bh,ph->bp", q.vector, mesh.replicate(p.vector))
+      scores["dual_pool"] = pool(scores["dual"], whole, known)
+      if weights.needs_twin:
+        scores["twins"] = (among(whole), among(jnp.einsum("bh,ph->bp", q.twin, mesh.replicate(p.twin))))
 
     if weights.needs_late:
       similarity = matches(q, own(p.tokens))

@@ -137,10 +137,11 @@ def test_mean_deviation_and_p_are_those_computed_by_hand():
     assert [found["seeds"][seed][system]["MRR@10"] for seed in row] == [0.5, 1.0]
     assert found["mean"][system]["R@20"] == 0.75
     assert found["deviation"][system]["MRR@10"] == pytest.approx(0.125**0.5)  # ((1/4)^2 + (1/4)^2) / (2 - 1)
-    minus = found["minus_full"][system]
-    assert minus["difference"] == pytest.approx(0.5)  # of 0.75, 0.5, 0.25
-    assert minus["p"] == pytest.approx(2 / 8)  # of all signs, only all + is as large, and all - as small
-    assert 0.25 <= minus["low"] < 0.5 < minus["high"] <= 0.75
+    assert list(found["minus_full"][system]) == ["MRR@10", "R@20"]
+    for minus in found["minus_full"][system].values():
+      assert minus["difference"] == pytest.approx(0.5)  # of 0.75, 0.5, 0.25
+      assert minus["p"] == pytest.approx(2 / 8)  # of all signs, only all + is as large, and all - as small
+      assert 0.25 <= minus["low"] < 0.5 < minus["high"] <= 0.75
   alone = ablate.compared(full, full)
   assert alone["minus_full"] is None
   assert alone["deviation"]["dual"]["MRR@10"] == 0
@@ -237,14 +238,15 @@ def test_the_table_is_the_arithmetic_of_its_runs(done):
   for row in found["rows"][2:]:
     for system in ablate.SYSTEMS:
       runs = [directory / folder / "runs" / f"test.{system}.cascade.trec" for folder in row["folders"].values()]
-      each = [evaluate.metrics(evaluate.read_run(path), qrels)["MRR@10"] for path in runs]
-      assert [seed[system]["MRR@10"] for seed in row["seeds"].values()] == pytest.approx(each)
-      assert row["mean"][system]["MRR@10"] == pytest.approx(np.mean(each))
-      if len(each) > 1:
-        assert row["deviation"][system]["MRR@10"] == pytest.approx(np.std(each, ddof=1))
-      if row["minus_full"]:
-        full = found["rows"][2]["mean"][system]["MRR@10"]
-        assert row["minus_full"][system]["difference"] == pytest.approx(np.mean(each) - full)
+      for measure in ablate.SHOWN:
+        each = [evaluate.metrics(evaluate.read_run(path), qrels)[measure] for path in runs]
+        assert [seed[system][measure] for seed in row["seeds"].values()] == pytest.approx(each)
+        assert row["mean"][system][measure] == pytest.approx(np.mean(each))
+        if len(each) > 1:
+          assert row["deviation"][system][measure] == pytest.approx(np.std(each, ddof=1))
+        if row["minus_full"]:
+          full = found["rows"][2]["mean"][system][measure]
+          assert row["minus_full"][system][measure]["difference"] == pytest.approx(np.mean(each) - full)
 
 
 def test_the_csv_holds_the_numbers_of_the_json(done):
@@ -257,7 +259,7 @@ def test_the_csv_holds_the_numbers_of_the_json(done):
     assert line["seeds"].split() == [*row["folders"]]
     for column, cell in [(column, cell) for column, cell in line.items() if "." in column]:
       system, measure, *_, kind = column.split(".")
-      minus = (row["minus_full"] or {}).get(system, {})
+      minus = (row["minus_full"] or {}).get(system, {}).get(measure, {})
       value = minus.get(kind) if "minus_full" in column else (row[kind] or {}).get(system, {}).get(measure)
       assert (float(cell) if cell else None) == value
       count += value is not None

@@ -239,3 +239,17 @@ def test_the_cascade_in_pytorch_has_our_loss_and_gradient(benchmarks, pool, pack
   theirs()
   assert theirs.loss == pytest.approx(ours.loss, rel=1e-5)
   assert theirs.norm == pytest.approx(ours.norm, rel=1e-4)
+
+
+def test_the_gpu_benchmark_runs_on_a_cpu_and_its_sides_agree(benchmarks, monkeypatch, capsys):
+  """It ends with an error where losses, gradient norms or vectors do not."""
+  gpu = importlib.import_module("gpu")
+  small = "--layers 2 --width 64 --queries 4 --passages 2 --vocabulary 500 --turns 1 --no-compile"
+  monkeypatch.setattr("sys.argv", ["gpu.py", *small.split()])
+  gpu.main()
+  rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+  assert [" ".join(row[:2]).strip("| ") for row in rows] == [
+    *(f"dual {side}" for side in ("ours, padded", "ours, packed", "torch", "sentence-transformers")),
+    *(f"cascade {side}" for side in ("ours, padded", "ours, packed", "torch")),
+  ]
+  assert all(float(row[2]) > 0 for row in rows)

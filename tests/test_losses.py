@@ -110,12 +110,25 @@ def test_every_student_side_has_a_finite_gradient():
 
 
 def test_adding_a_constant_to_all_scores_of_a_query_changes_nothing():
-  scores = random_scores()
+  """Of a passage, to all queries' scores of it, in `dualreg_passage`, whose softmax is over queries."""
+  scores, keys = random_scores(), jax.random.split(KEY)
+  layers = (4, 3, 2, 5, 7)
+  scores = scores.replace(
+    attentions=jax.nn.softmax(jax.random.normal(keys[0], layers)), products=jax.random.normal(keys[1], layers)
+  )
+  train = dataclasses.replace(ALL, weights=config.Weights(margin_mse=1, kl_listwise=1, kl_bidirectional=1, virt=1))
   shift = jnp.array([[3.0], [-2.0], [0.5], [100.0]])
   moved = {n: getattr(scores, n) + shift for n in ("cross", "dual", "dual_pool", "late", "late_pool")}
   moved["matches"] = scores.matches + shift[:, :, None, None]
-  before = losses.terms(scores, ALL)
-  after = losses.terms(scores.replace(**moved), ALL)
+  moved["products"] = scores.products + shift[:, :, None, None, None]
+  moved["twins"] = (scores.twins[0] + shift, scores.twins[1] - 2 * shift)
+  before = losses.terms(scores, train)
+  after = losses.terms(scores.replace(**moved), train)
+  assert float(jnp.abs(after.pop("dualreg_passage") - before["dualreg_passage"])) > 1
+  each = 3.0 * jnp.arange(12)
+  turned = scores.replace(twins=(scores.twins[0] + each, scores.twins[1] - 2 * each))
+  after["dualreg_passage"] = losses.terms(turned, train)["dualreg_passage"]
+  assert set(after) == set(before) == train.weights.active
   for name in before:
     np.testing.assert_allclose(after[name], before[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
