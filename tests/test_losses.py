@@ -83,13 +83,19 @@ def test_symmetric_kl_is_symmetric_with_gradient_on_both_sides():
 
 @pytest.mark.parametrize(
   ("term", "teacher"),
-  [("kl_ce_li", "cross"), ("kl_ce_de", "cross"), ("kl_li_de", "late_pool"), ("kl_attention", "attention")],
+  [
+    ("kl_ce_li", "cross"),
+    ("kl_ce_de", "cross"),
+    ("kl_li_de", "late_pool"),
+    ("kl_li_de", "late"),
+    ("kl_attention", "attention"),
+  ],
 )
 def test_no_gradient_reaches_a_teacher(term, teacher):
-  scores = random_scores()
+  scores, train = random_scores(), dataclasses.replace(ALL, late_pool="own" if teacher == "late" else "global")
 
   def value(x):
-    return losses.terms(scores.replace(**{teacher: x}), ALL)[term]
+    return losses.terms(scores.replace(**{teacher: x}), train)[term]
 
   gradient = jax.grad(value)(getattr(scores, teacher))
   assert float(jnp.abs(gradient).max()) == 0.0
@@ -240,6 +246,8 @@ def test_virt_equals_loops():
           q = np.exp(np.asarray(products[i, j, layer, t], np.float64)[real])
           values.append(np.sum((p / p.sum() - q / q.sum()) ** 2))
     np.testing.assert_allclose(got[i], np.mean(values), rtol=1e-4)
+  same = losses.virt(jax.nn.softmax(products), products, scores.query_content, scores.passage_content)
+  np.testing.assert_allclose(same, 0, atol=1e-6)
   reads = jax.grad(lambda a: losses.virt(a, products, scores.query_content, scores.passage_content).sum())(attentions)
   assert float(jnp.abs(reads).max()) == 0
 
