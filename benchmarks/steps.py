@@ -116,5 +116,5 @@ def agree(first: dict[str, tuple[float, float]], exact: Sequence[str]) -> None:
   reference = next(iter(first.values()))
   for side, found in first.items():
     bounds = (1e-4, 3e-4) if side in exact else (0.02, 0.02)
-    if any(abs(own / other - 1) > most for own, other, most in zip(found, reference, bounds)):
+    if not all(abs(own / other - 1) <= most for own, other, most in zip(found, reference, bounds)):
       raise SystemExit(f"loss and gradient norm {found} of {side} are not {reference}, those of {next(iter(first))}")

@@ -5,8 +5,8 @@
 
 Microsoft's files lie in data/msmarco; `ernie-jax data msmarco --from data/msmarco` prepares and shows them.
 Lengths and rates (student 3e-5, cross-encoder 1e-5, warm-up of 10 %) are RocketQA's, batches those of a pod. Its
-denoising, by a probability of 0.9, asks for a cross-encoder trained pair by pair; ours learns from lists, where only
-differences mean something: what it ranks above the known positive is taken out.
+denoising, at most a probability of 0.1, asks for a cross-encoder trained pair by pair; ours learns from lists, where
+only differences mean something: what it ranks above the known positive is taken out.
 Planned with the compiler, never run: time, memory and quality are unmeasured.
 """
 

@@ -439,7 +439,7 @@ def caption(full: Config, data: dict[str, Any]) -> str:
     f"of the cascade; all stages before it have seed {full.seed} and are shared by the rows whose configurations agree "
     "there. Δ is the difference to full, p that of a two-sided paired randomisation test over queries, each query's "
     "values averaged over a row's seeds: it tells what other queries might show, not other seeds, and is not corrected "
-    "for the number of rows."
+    "for the number of comparisons."
   )
 
 
@@ -453,16 +453,16 @@ def write(table: dict[str, Any], directory: Path) -> None:
 
 def cells(table: dict[str, Any]) -> list[list[str]]:
   """The table as text, its head first."""
-  columns = [(s, m) for s in SYSTEMS for m in SHOWN]
-  titles = [f"{SYSTEMS[s]} {m}" for s, m in columns]
+  pairs = [(s, m) for s in SYSTEMS for m in SHOWN]
+  titles = [f"{SYSTEMS[s]} {m}" for s, m in pairs]
   lines = [["row", *titles, "seeds", *(f"Δ {title} (p)" for title in titles)]]
   for row in table["rows"]:
     line = [row["label"]]
-    for system, measure in columns:
+    for system, measure in pairs:
       value = f"{row['mean'][system][measure]:.3f}" if system in row["mean"] else "–"
       line.append(f"{value} ± {row['deviation'][system][measure]:.3f}" if row["deviation"] else value)
     line.append(str(len(row["folders"])) if row["folders"] else "–")
-    for system, measure in columns:
+    for system, measure in pairs:
       own = (row["minus_full"] or {}).get(system, {}).get(measure)
       line.append(f"{own['difference']:+.3f} ({own['p']:.4f})" if own else "–")
     lines.append(line)

@@ -169,9 +169,10 @@ def attend(
 
   Beside query, key, value and output the gradient keeps nothing where cuDNN computes it (`_by_cudnn`), and else one [n,
   heads, q, k] array: the probabilities in the dtype of `value`, negative where dropout took them. Derived operation by
-  operation it keeps up to six. Where that dtype is bfloat16, softmax' gradient takes its mean from the rounded output:
-  up to twice the error of queries and keys (1.4 % at worst), for an array less. Probabilities that nobody reads cost a
-  compiled program nothing; those that are read keep what their own gradient needs.
+  operation it keeps up to six. Where that dtype is bfloat16, softmax' gradient takes its mean from the rounded output,
+  for an array less: some twice the error of queries and keys where all values have much in common (RESULTS.md), more
+  where they have nearly all. Probabilities that nobody reads cost a compiled program nothing; those that are read keep
+  what their own gradient needs.
   """
   if rate == 0:
     noise = None

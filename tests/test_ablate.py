@@ -124,9 +124,10 @@ def test_a_stage_is_another_one_from_the_first_that_reads_what_differs(changed, 
 
 
 def values(*own: float) -> dict[str, ablate.Values]:
-  """Of three queries, the same for both systems and all measures."""
+  """Of three queries, the same for both systems; R@20 is half of all other measures."""
   queries = dict(zip("abc", own))
-  return {system: dict.fromkeys(evaluate.MEASURES, queries) for system in ablate.SYSTEMS}
+  half = {query: value / 2 for query, value in queries.items()}
+  return {system: dict.fromkeys(evaluate.MEASURES, queries) | {"R@20": half} for system in ablate.SYSTEMS}
 
 
 def test_mean_deviation_and_p_are_those_computed_by_hand():
@@ -135,13 +136,13 @@ def test_mean_deviation_and_p_are_those_computed_by_hand():
   found = ablate.compared(row, full)
   for system in ablate.SYSTEMS:
     assert [found["seeds"][seed][system]["MRR@10"] for seed in row] == [0.5, 1.0]
-    assert found["mean"][system]["R@20"] == 0.75
+    assert (found["mean"][system]["MRR@10"], found["mean"][system]["R@20"]) == (0.75, 0.375)
     assert found["deviation"][system]["MRR@10"] == pytest.approx(0.125**0.5)  # ((1/4)^2 + (1/4)^2) / (2 - 1)
     assert list(found["minus_full"][system]) == ["MRR@10", "R@20"]
-    for minus in found["minus_full"][system].values():
-      assert minus["difference"] == pytest.approx(0.5)  # of 0.75, 0.5, 0.25
+    for minus, scale in zip(found["minus_full"][system].values(), (1, 0.5)):
+      assert minus["difference"] == pytest.approx(scale * 0.5)  # of 0.75, 0.5, 0.25
       assert minus["p"] == pytest.approx(2 / 8)  # of all signs, only all + is as large, and all - as small
-      assert 0.25 <= minus["low"] < 0.5 < minus["high"] <= 0.75
+      assert scale * 0.25 <= minus["low"] < scale * 0.5 < minus["high"] <= scale * 0.75
   alone = ablate.compared(full, full)
   assert alone["minus_full"] is None
   assert alone["deviation"]["dual"]["MRR@10"] == 0
@@ -254,6 +255,9 @@ def test_the_csv_holds_the_numbers_of_the_json(done):
   rows = table(directory)["rows"]
   lines = list(csv.DictReader((directory / "ablation.csv").read_text().splitlines()))
   assert [line["name"] for line in lines] == [row["name"] for row in rows]
+  against = [column for column in lines[0] if "minus_full" in column]
+  kinds = ("difference", "low", "high", "p")
+  assert against == [f"{s}.{m}.minus_full.{k}" for s in ("dual", "late") for m in ("MRR@10", "R@20") for k in kinds]
   count = 0
   for line, row in zip(lines, rows):
     assert line["seeds"].split() == [*row["folders"]]
@@ -270,7 +274,11 @@ def test_the_markdown_and_the_plot_show_every_row(done):
   directory, _ = done
   text, picture = ((directory / f"ablation.{kind}").read_text() for kind in ("md", "svg"))
   for row in table(directory)["rows"]:
-    assert f"| {row['label']} | {row['mean']['dual']['MRR@10']:.3f}" in text
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {row['label']} |"))
+    assert line.startswith(f"| {row['label']} | {row['mean']['dual']['MRR@10']:.3f}")
+    if row["minus_full"] and row["folders"]:
+      each = [row["minus_full"][s][m] for s in ("dual", "late") for m in ("MRR@10", "R@20")]
+      assert line.endswith("".join(f"| {one['difference']:+.3f} ({one['p']:.4f}) " for one in each) + "|")
     assert f"<!-- {row['label']} -->" in picture  # what Matplotlib calls a text that it draws as paths
 
 

@@ -242,7 +242,6 @@ def test_the_cascade_in_pytorch_has_our_loss_and_gradient(benchmarks, pool, pack
 
 
 def test_the_gpu_benchmark_runs_on_a_cpu_and_its_sides_agree(benchmarks, monkeypatch, capsys):
-  """It ends with an error where losses, gradient norms or vectors do not."""
   gpu = importlib.import_module("gpu")
   small = "--layers 2 --width 64 --queries 4 --passages 2 --vocabulary 500 --turns 1 --no-compile"
   monkeypatch.setattr("sys.argv", ["gpu.py", *small.split()])
@@ -253,3 +252,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_its_sides_agree(benchmarks, monkeyp
     *(f"cascade {side}" for side in ("ours, padded", "ours, packed", "torch")),
   ]
   assert all(float(row[2]) > 0 for row in rows)
+  monkeypatch.setattr(gpu, "SAME", 1.01)
+  monkeypatch.setattr("sys.argv", ["gpu.py", *small.split(), "--steps", "dual", "--rows", "padded"])
+  with pytest.raises(SystemExit, match=r"below 1\.01"):
+    gpu.main()

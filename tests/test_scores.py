@@ -233,6 +233,10 @@ def test_what_no_term_asks_for_is_not_scored(tiny_params):
   train = config.Train(batch=8, negatives=2, weights=config.Weights.only(nll_ce=1))
   found = score(model, params, make_batch(), train)
   assert [f.name for f in dataclasses.fields(found) if getattr(found, f.name) is not None] == ["cross"]
+  train = config.Train(batch=8, negatives=2, weights=config.Weights.only(kl_ce_li=1))
+  found = score(model, params, make_batch(), train)
+  assert found.late is not None
+  assert all(getattr(found, name) is None for name in ("dual", "dual_pool", "twins"))
 
 
 def test_shared_encoder_and_raw_first_token():
