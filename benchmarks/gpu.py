@@ -150,9 +150,9 @@ def main() -> None:
       del runners
     found = encoders(model, a, texts)
     vectors = {side: encode() for side, encode in found.items()}
-    worst = min(float((own * vectors["ours, padded"]).sum(1).min()) for own in vectors.values())
+    worst = np.min([(own * vectors["ours, padded"]).sum(1) for own in vectors.values()])
     print(f"\nencoding {len(texts.passages)} passages; smallest cosine between sides {worst:.4f}")
-    if not worst >= SAME:  # nor is nan
+    if not worst >= SAME:  # nan is not either
       raise SystemExit(f"sides disagree: a cosine below {SAME}")
     for side, encode in found.items():
       spent = []

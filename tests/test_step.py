@@ -277,13 +277,14 @@ def test_an_update_in_shares_makes_the_same_step_with_less_memory(tiny_params, m
         batch = mesh.shard(jax.tree.map(np.asarray, make_batch(seed)), grid)
         state, logs = jax.block_until_ready(train_step(state, batch, jax.random.key(0)))
       assert train_step._cache_size() == 1
-      made.append(jax.device_get((state.params, logs)))
+      made.append(jax.device_get((state.params, logs, state.optimizer.inner_state)))
       held.append(sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state.optimizer)))
   # A thousandth of what a step moves. An entry whose gradient is nearly 0 (3.7e-7 here) is moved as far as any other,
   # and so is what rounding changes of it.
   apart = jax.tree.map(lambda x, y: np.abs(x - y).max(), made[1][0], made[0][0])
   assert max(jax.tree.leaves(apart)) < 1e-3 * FULL.optimizer.learning_rate
   np.testing.assert_allclose(made[1][1]["gradient_norm"], made[0][1]["gradient_norm"], rtol=1e-5)
+  assert distance(made[1][2], made[0][2]) < 1e-5  # the moments
   assert held[1] < held[0] / 4
 
 
