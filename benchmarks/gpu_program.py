@@ -118,7 +118,7 @@ def main() -> None:
   parser.add_argument("--dropout", type=float, default=0.0)
   parser.add_argument("--layers", type=int, help="of every encoder, for a quick look")
   parser.add_argument("--top", type=int, default=0, help="source lines shown of each case")
-  chosen = argparse.Namespace(**vars(parser.parse_args()), chunk=None, scan=False, remat=False)
+  chosen = argparse.Namespace(**vars(parser.parse_args()), chunk=None, recompute=True, scan=False, remat=False)
   topology = topologies.get_topology_desc(platform="cuda", target_config=H200, topology=f"1x1x{chosen.devices}")
   texts, grid = plan.typical(*tpu.TOKENS), mesh.make(topology.devices)
   print("| step | kernels | TFLOP | GB | ms at least | useful TFLOP/s at most | GiB |\n" + "|---" * 7 + "|")

@@ -47,6 +47,7 @@ def configuration(step: str, teacher: str, rows: str, chosen: argparse.Namespace
     batch=chosen.queries * chips,
     negatives=0 if stage == "interaction" else chosen.passages - 1,
     chunk=chosen.chunk,
+    recompute=chosen.recompute,
     weights=weights,
     late_pool="global" if stage == "interaction" else "own",
   )
@@ -76,6 +77,7 @@ def main() -> None:
   parser.add_argument("--passages", type=int, default=8, help="of a query")
   parser.add_argument("--pack", type=int, default=128, help="tokens of a packed row")
   parser.add_argument("--chunk", type=int)
+  parser.add_argument("--recompute", action=argparse.BooleanOptionalAction, default=True, help="of a chunk")
   parser.add_argument("--dropout", type=float, default=0.1)
   parser.add_argument("--layers", type=int, help="of every encoder, for a quick look")
   parser.add_argument("--scan", action=argparse.BooleanOptionalAction, default=True)
@@ -84,7 +86,8 @@ def main() -> None:
   parser.add_argument("--most", type=float, help="cycles; a case that needs more ends the program with code 1")
   chosen = parser.parse_args()
   print(f"jax {jax.__version__}; {chosen.queries} queries x {chosen.passages} passages a chip, chunk {chosen.chunk}, "
-        f"scan {chosen.scan}, remat {chosen.remat}, dropout {chosen.dropout}\n")  # fmt: skip
+        f"recompute {chosen.recompute}, scan {chosen.scan}, remat {chosen.remat}, "
+        f"dropout {chosen.dropout}\n")  # fmt: skip
   print(
     "| step | teacher | slice | rows | cycles | GiB | step, s | collectives | MFU | useful MFU |\n" + "|---" * 10 + "|"
   )

@@ -350,6 +350,7 @@ class Train:
   negatives: int = 0  # n: hard negatives of each query; its list has K = 1 + n passages
   hardest: int | None = None  # they are drawn from so many, the best ranks; None: all; 0: none, only random passages
   chunk: int | None = None  # queries encoded at once on each device, with their lists; None: all. Memory for a forward
+  recompute: bool = True  # of a chunk, in the backward pass; False: the activations of all chunks are held
   weights: Weights = Weights()
   final_weights: Weights | None = None  # reached in the last step, linearly from `weights`; None: constant
   temperature: Temperatures = Temperatures()

@@ -415,13 +415,17 @@ def matched(params: Params) -> int:
   )
 
 
-def in_chunks(function: Callable[..., Any], count: int, *rows: Any) -> Any:
+def in_chunks(function: Callable[..., Any], count: int, recompute: bool, *rows: Any) -> Any:
   """`function(*rows)` on `count` equal parts of the rows, one after the other: gradient caching.
 
-  Each part is computed again in the backward pass, so that the activations of one part exist at a time.
+  With `recompute` each part is computed again in the backward pass, so that the activations of one part exist at a
+  time. Without, those of all do; not in a loop, which would copy them into stacks, and back.
   """
   if count == 1:  # nothing would be saved by computing the only part twice
     return function(*rows)
+  if not recompute:
+    parts = [function(*jax.tree.map(lambda x: x[i], cut(rows, count))) for i in range(count)]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
   body = jax.checkpoint(lambda part: function(*part), prevent_cse=False)
   return merged(jax.lax.map(body, cut(rows, count)))
 
@@ -510,9 +514,9 @@ def towers(
 
   made: Any = Towers()
   if teacher and train.needs_cross:
-    made = in_chunks(judged, count, batch.pairs, batch.passages, numbers)
+    made = in_chunks(judged, count, train.recompute, batch.pairs, batch.passages, numbers)
   if weights.needs_student:
-    queries, passages = in_chunks(embedded, count, batch.queries, batch.passages, numbers)
+    queries, passages = in_chunks(embedded, count, train.recompute, batch.queries, batch.passages, numbers)
     made = made.replace(queries=queries, passages=passages)
   return made
 
@@ -592,7 +596,7 @@ def masked_everywhere(
     chunk = train.chunk or len(numbers)
     config.check(len(numbers) % chunk == 0, "chunk", chunk, f"does not divide {len(numbers)} rows of a device")
     one = lambda own, numbers: masked(params, own, of_texts(site, numbers))
-    return in_chunks(one, len(numbers) // chunk, batch, numbers)
+    return in_chunks(one, len(numbers) // chunk, train.recompute, batch, numbers)
 
   numbers = mesh.split(jnp.arange(len(batch.tokens), dtype=jnp.uint32))
   return mesh.per_device(local, (params, site), batch, numbers)

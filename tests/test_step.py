@@ -29,15 +29,17 @@ def alone(tiny_params):
   return gradients(model, FULL, params, make_batch(), jax.random.key(7))
 
 
-@pytest.mark.parametrize(("devices", "chunk"), [(2, 1), (8, None), ("2 processes", 2)])
+@pytest.mark.parametrize(
+  ("devices", "chunk", "recompute"), [(2, 1, True), (2, 2, False), (8, None, True), ("2 processes", 2, True)]
+)
 def test_loss_and_gradients_do_not_depend_on_devices_hosts_or_chunks(
-  tiny_params, alone, devices, chunk, tmp_path, monkeypatch
+  tiny_params, alone, devices, chunk, recompute, tmp_path, monkeypatch
 ):
   """Every term, hard negatives, dropout and its twins, the global pool: one result for one global batch."""
   model, params = tiny_params
   tile = 8 * 8 * 6 * 9  # MaxSim over the pool takes several turns on every number of devices
   monkeypatch.setattr(scores, "TILE", tile)
-  train = dataclasses.replace(FULL, chunk=chunk)
+  train = dataclasses.replace(FULL, chunk=chunk, recompute=recompute)
   if devices == "2 processes":
     got = processes.run("gradients", tmp_path, model=model, train=train, tile=tile)
   else:
@@ -168,6 +170,23 @@ def test_the_teacher_before_the_student_takes_less_memory_and_in_chunks_fewer_fl
   ]
   pairs = cost.forward(a, 4 * 4, 8 + 56 - 1)
   assert 0.95 < (flops[0] - flops[1]) / pairs < 1.1
+
+
+def test_chunks_that_are_held_are_computed_once_and_recomputed_ones_take_less_memory():
+  """Held, they take the FLOPs of no chunks at all. (Of recomputed ones the compiler counts one turn of the loop.)"""
+  a = dataclasses.replace(TINY, layers=3, width=128, inner=512, positions=64)
+  whole = dataclasses.replace(FULL, batch=16, negatives=3, weights=Weights.only(nll_de=1))
+  grad = jax.value_and_grad(step.loss, has_aux=True)
+  made = {
+    name: lowered(grad, a, dataclasses.replace(whole, chunk=chunk, recompute=name == "recomputed"), 16).compile()
+    for name, chunk in [("whole", None), ("held", 4), ("recomputed", 4)]
+  }
+  flops, memory = (
+    {name: read(program) for name, program in made.items()}
+    for read in (lambda p: p.cost_analysis()["flops"], lambda p: p.memory_analysis().temp_size_in_bytes)
+  )
+  assert flops["held"] == pytest.approx(flops["whole"], rel=0.01)
+  assert memory["recomputed"] < 0.6 * memory["held"]
 
 
 def test_unrolled_and_rematerialised_equals_scanned(tiny_params, alone):
