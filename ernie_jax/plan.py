@@ -393,8 +393,8 @@ def remedies(model: config.Model, train: config.Train, stage: str) -> str:
   ways = [
     (train.chunk is None, f"--{stage}.chunk 8"),
     ((train.chunk or 1) > 1, f"a smaller --{stage}.chunk"),
-    (not train.recompute, f"--{stage}.recompute True"),
-    (not model.remat, "--model.remat True"),
+    (not train.recompute, f"--{stage}.recompute"),
+    (not model.remat, "--model.remat"),
     (model.dtype != "bfloat16", "--model.dtype bfloat16"),
     (train.batch > 1, f"a smaller --{stage}.batch"),
   ]
