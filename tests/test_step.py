@@ -365,7 +365,10 @@ def test_the_gradient_of_every_term_is_that_of_finite_differences_in_float64(tin
         if isinstance(part[1], nnx.Linear | nnx.LayerNorm | nnx.Embed):
           part[1].dtype = jnp.float64
     batch, key = make_batch(), jax.random.key(7)
-    train = dataclasses.replace(FULL, weights=dataclasses.replace(PEERS, nll_ce_fgm=1))
+    stood = jnp.where(jnp.arange(2) < jnp.arange(8)[:, None] % 3, batch.queries.tokens[:, :2], -1)  # 0 to 2 of a row
+    batch = batch.replace(masked=scores.MaskedRows(batch.queries, jnp.zeros_like(stood) + jnp.arange(2), stood))
+    wide["masked"] = jax.tree.map(lambda x: 5 * x.astype(jnp.float64) + 0.1, scores.Masked(TINY, jax.random.key(1)))
+    train = dataclasses.replace(FULL, weights=dataclasses.replace(PEERS, nll_ce_fgm=1, mlm=1))
     value = lambda p: step.loss(p, batch, model, train, key)[0]
     slope = jax.jit(jax.grad(value))(wide)
     assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(slope))
