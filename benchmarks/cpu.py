@@ -49,7 +49,7 @@ THEIRS = ("torch", "torch bfloat16", "sentence-transformers")
 EXACT = ("float32", "torch", "sentence-transformers")  # nothing is rounded to bfloat16
 
 
-def runner(side: str, name: str) -> Any:
+def runner(side: str, name: str, chunk: int | None) -> Any:
   """The step on that side; None where it has none."""
   student, train = STEPS[name]
   model = Model(
@@ -57,7 +57,7 @@ def runner(side: str, name: str) -> Any:
   )
   params, batch = steps.parameters(model, student, TEACHER), steps.Texts(train, DATA, share=0.7).batch()
   if side in OURS:
-    return steps.Runner(model, train, params, batch)
+    return steps.Runner(model, dataclasses.replace(train, chunk=chunk, recompute=False), params, batch)
   import peers
 
   if side == "sentence-transformers":
@@ -71,14 +71,16 @@ def main() -> None:
   parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
   torch = importlib.util.find_spec("torch") is not None
   parser.add_argument("--sides", nargs="+", choices=OURS + THEIRS, default=list(OURS + (THEIRS if torch else ())))
+  parser.add_argument("--chunk", type=int, help="queries that ours encode at once; nothing is computed twice")
   chosen = parser.parse_args()
   base = "torch" if "torch" in chosen.sides else chosen.sides[0]
-  print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {chosen.turns} steps each, in turns\n")
+  print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {chosen.turns} steps each, in turns, "
+        f"chunk {chosen.chunk}\n")  # fmt: skip
   print(f"| step | side | processor s | of {base}'s | wall s | of {base}'s | first loss | first gradient norm |")
   print("|---" * 8 + "|")
   for name in chosen.steps:
     with jax.set_mesh(mesh.make(jax.devices()[:1])):
-      runners = {side: made for side in chosen.sides if (made := runner(side, name)) is not None}
+      runners = {side: made for side in chosen.sides if (made := runner(side, name, chosen.chunk)) is not None}
       for one in runners.values():  # compiles
         one()
       first = {side: (one.loss, one.norm) for side, one in runners.items()}
