@@ -209,7 +209,10 @@ def shared(directory: Path) -> None:
 
 
 def claim(directory: Path, settings: Config, fresh: bool, what: str = "run", file: str = "config.json") -> None:
-  """Makes the folder a run (or `what`) of this configuration, or checks that it is one."""
+  """Makes the folder a run (or `what`) of this configuration, or checks that it is one.
+
+  What bounds memory may be another than it was: it changes results by rounding alone.
+  """
   path = directory / file
   wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
   if directory.exists() and not directory.is_dir():
@@ -230,9 +233,12 @@ def claim(directory: Path, settings: Config, fresh: bool, what: str = "run", fil
     # One that is gone said where AdamW's moments are held, which changes no result.
     kept = {name: value for name, value in flat(found).items() if not name.endswith(".optimizer.shard")}
     old = {name: usual[name] for name in new.keys() & usual.keys()} | kept
-    if old == new:
+    bounds = ("model.scan", "model.remat", ".recompute") + (() if settings.data.pack else (".chunk",))
+    others = [name for name in sorted(old | new) if old.get(name) != new.get(name) and not name.endswith(bounds)]
+    if not others:
+      config.write(path, json.dumps(wanted, indent=2))
       return
-    field = next(name for name in sorted(old | new) if old.get(name) != new.get(name))
+    field = others[0]
     raise UserError(
       f"--output {directory}: holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
       "name another folder, or add --fresh to start anew"

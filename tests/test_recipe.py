@@ -1,5 +1,6 @@
 """The whole tiny recipe in real processes: what it leaves, and that no interruption changes its result."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -451,3 +452,21 @@ def test_a_run_from_before_a_field_was_there_continues(tmp_path):
   recipe.claim(tmp_path / "run", config.Config(), fresh=False)
   with pytest.raises(config.UserError, match=r"holds a run with model\.dual_width=None, not 8"):
     recipe.claim(tmp_path / "run", config.Config(model=config.Model(dual_width=8)), fresh=False)
+
+
+def test_what_bounds_memory_may_change_in_a_run_unless_it_changes_what_is_in_a_batch(tmp_path):
+  """After a stage that found too little memory the earlier ones are kept."""
+  held = dataclasses.replace(config.Config().cascade, recompute=False)
+  small = dict(model=config.Model(remat=True, scan=False), cascade=dataclasses.replace(held, chunk=8))
+  for pack in (None, 128):
+    place, data = tmp_path / str(pack), config.Data(pack=pack)
+    recipe.claim(place, config.Config(data=data), fresh=False)
+    before = (place / "config.json").read_bytes()
+    other = config.Config(data=data, **small)
+    if pack:  # a chunk's texts are packed together
+      with pytest.raises(config.UserError, match=r"holds a run with cascade\.chunk=None, not 8"):
+        recipe.claim(place, other, fresh=False)
+      assert (place / "config.json").read_bytes() == before
+      other = dataclasses.replace(other, cascade=held)
+    recipe.claim(place, other, fresh=False)
+    assert json.loads((place / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(other)))
