@@ -214,7 +214,7 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
     small = sorted((e.sizes[tower] for e in drawn), key=np.sum)[len(drawn) // 10]
     largest = np.full(len(small), longest[tower])
     count[tower] = max(
-      math.ceil(mean * (1 + MARGIN)), _rows(np.concatenate([largest, *[small] * (unit - 1)]), length[tower])
+      round(mean * (1 + MARGIN)), _rows(np.concatenate([largest, *[small] * (unit - 1)]), length[tower])
     )
   while True:
     queue = Queue(lambda number: drawn[number % len(drawn)])

@@ -320,7 +320,7 @@ class Encoder(nnx.Module):
     self.word, self.position, self.type = embed(a.vocabulary), embed(a.positions), embed(a.types)
     self.task = embed(a.tasks) if a.tasks else None
     self.norm = norm(a, rngs)
-    self.layers = jax.vmap(lambda k: Layer(a, config.PRODUCTS[dtype], k))(jax.random.split(layers, a.layers))
+    self.layers: Any = jax.vmap(lambda k: Layer(a, config.PRODUCTS[dtype], k))(jax.random.split(layers, a.layers))
     self.architecture, self.dtype, self.scan, self.remat = a, config.STREAM[dtype], scan, remat
 
   def __call__(
@@ -350,29 +350,32 @@ class Encoder(nnx.Module):
       x, attention = layer(x, mask, None if noise is None else noise.at(own), leads)
       return x, attention.mean(1)
 
-    if isinstance(self.layers, nnx.List):
-      if every:
-        raise ValueError("layers that were taken apart give the last one's output alone")
-      for layer in self.layers[:-1]:
-        x, _ = layer(x, mask, None)
-      return apply(x, (self.layers[-1], None), rows if leads else None)
-
     # The last layer stands apart because its attention is an output (distilled by kl_attention).
-    body, last = split_last((self.layers, None if noise is None else noise.seeds[:-1]), a.layers)
-    step = lambda x, layer_and_seeds: (found := apply(x, layer_and_seeds), (found[0], found if every else None))[1]
-    step = jax.checkpoint(step, prevent_cse=not self.scan) if self.remat else step
-    made: list[Any] = []
-    if self.scan and a.layers > 1:
-      x, below = jax.lax.scan(step, x, body)
+    own = None if noise is None else noise.seeds[:-1]
+    if isinstance(self.layers, nnx.List):
+      *body, last = [(layer, None if own is None else own[i]) for i, layer in enumerate(self.layers)]
     else:
-      for one in unstack(body, a.layers - 1):
+      body, last = split_last((self.layers, own), a.layers)
+      body = body if self.scan and a.layers > 1 else unstack(body, a.layers - 1)
+    step = lambda x, layer_and_seeds: (found := apply(x, layer_and_seeds), (found[0], found if every else None))[1]
+    step = jax.checkpoint(step, prevent_cse=isinstance(body, list)) if self.remat else step
+    made: list[Any] = []
+    if isinstance(body, list):
+      for one in body:
         x, found = step(x, one)
         made.append(found)
       below = jax.tree.map(lambda *x: jnp.stack(x), *made) if made else None
+    else:
+      x, below = jax.lax.scan(step, x, body)
     top = apply(x, last, rows if leads and noise is None else None)
     if not every or below is None:
       return jax.tree.map(lambda x: x[None], top) if every else top
     return jax.tree.map(lambda below, top: jnp.concatenate([below, top[None]]), below, top)
+
+
+def encoders(module: Any) -> list[Encoder]:
+  """Those of a student or a teacher."""
+  return [e for name in ("encoder", "query_encoder") if (e := getattr(module, name, None)) is not None]
 
 
 def apart(module: Any) -> Any:
@@ -381,13 +384,23 @@ def apart(module: Any) -> Any:
   A compiled program cuts a stack into layers in each call, which on a CPU copies all parameters. Elsewhere, where that
   takes no time beside the rest, the module is given back as it is.
   """
-  encoders = lambda: [e for name in ("encoder", "query_encoder") if (e := getattr(module, name, None)) is not None]
-  if jax.default_backend() != "cpu" or all(isinstance(encoder.layers, nnx.List) for encoder in encoders()):
+  if jax.default_backend() != "cpu" or all(isinstance(encoder.layers, nnx.List) for encoder in encoders(module)):
     return module
   module = jax.tree.map(lambda x: x, module)  # a copy
-  for encoder in encoders():
+  for encoder in encoders(module):
     stack = jax.tree.map(np.asarray, encoder.layers)
     encoder.layers = nnx.List([jax.tree.map(lambda x: x[i], stack) for i in range(encoder.architecture.layers)])
+  return module
+
+
+def unrolled(module: Any) -> Any:
+  """A student whose encoders' layers stand one by one, in a program that calls them several times and has no loops.
+
+  Cut once, so that the gradients of all calls are summed by layer, in the products that make them, and not as stacks.
+  """
+  module = jax.tree.map(lambda x: x, module)  # a copy
+  for encoder in encoders(module):
+    encoder.layers = nnx.List(unstack(encoder.layers, encoder.architecture.layers))
   return module
 
 

@@ -30,6 +30,7 @@ from ernie_jax.encoder import (
   of_texts,
   owned,
   seeds,
+  unrolled,
   with_dropout,
 )
 from ernie_jax.kernels import ACTIVATIONS
@@ -516,6 +517,7 @@ def towers(
   if teacher and train.needs_cross:
     made = in_chunks(judged, count, train.recompute, batch.pairs, batch.passages, numbers)
   if weights.needs_student:
+    student = unrolled(student) if count > 1 and not train.recompute and not model.scan else student
     queries, passages = in_chunks(embedded, count, train.recompute, batch.queries, batch.passages, numbers)
     made = made.replace(queries=queries, passages=passages)
   return made
