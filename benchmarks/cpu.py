@@ -1,6 +1,6 @@
 """The training step on a CPU beside PyTorch's and sentence-transformers', in one interleaved run.
 
-  python benchmarks/cpu.py [--turns 6] [--steps dual interaction warmup cascade] [--sides mixed torch ...]
+  python benchmarks/cpu.py [--turns 6] [--steps dual interaction warmup cascade] [--sides mixed torch ...] [--chunk 16]
 
 The quickstart's lengths, random tokens and weights, no dropout: all-MiniLM-L6-v2's shape, and in the cascade a student
 of three such layers. Ours in each `model.dtype`; PyTorch's (peers.py) in float32 and under autocast to bfloat16;
@@ -57,7 +57,8 @@ def runner(side: str, name: str, chunk: int | None) -> Any:
   )
   params, batch = steps.parameters(model, student, TEACHER), steps.Texts(train, DATA, share=0.7).batch()
   if side in OURS:
-    return steps.Runner(model, dataclasses.replace(train, chunk=chunk, recompute=False), params, batch)
+    train = dataclasses.replace(train, chunk=chunk and min(chunk, train.batch), recompute=False)
+    return steps.Runner(model, train, params, batch)
   import peers
 
   if side == "sentence-transformers":

@@ -25,7 +25,7 @@ from ernie_jax.templates import Template
 from ernie_jax.tokens import Tokenizer
 
 PATIENCE = 4  # times as many examples as a unit holds are looked at before it takes the smallest
-MARGIN = 0.01  # packed rows beyond what units need on average
+MARGIN = 0.01  # packed rows that a trial begins with beyond what units need on average, rounded
 SIMULATED = 16384  # passages of the trial that tells how many rows a unit needs
 
 
@@ -180,7 +180,7 @@ def fit(chosen: Sequence[Example], room: dict[str, tuple[int, int]]) -> tuple[di
 def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | None = None) -> Layout:
   """How batches are laid out over so many devices; packed, as the lengths of `texts` ask for (None: all the longest).
 
-  A unit gets the rows that its texts need on average, and more until, in a trial, few examples wait.
+  A unit gets about the rows that its texts need on average, and more until, in a trial, few examples wait.
   A unit is what a device encodes at once: its part of the batch, or a chunk. To have the same examples in a batch on
   any number of devices with packing, set `train.chunk`.
   """

@@ -1,7 +1,8 @@
 """What a training step costs: the model's FLOPs, and what chips can do.
 
 Model FLOPs are those of the definition of MFU (PaLM, Chowdhery et al. 2022, appendix B): the matrix products that the
-method asks for. Recomputation (`model.remat`, `chunk`) and element-wise work are left out; padding counts as tokens.
+method asks for. Recomputation (`model.remat`, `chunk` with `recompute`) and element-wise work are left out; padding
+counts as tokens.
 """
 
 from __future__ import annotations

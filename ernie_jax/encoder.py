@@ -302,7 +302,7 @@ def norm(a: config.Architecture, rngs: nnx.Rngs) -> LayerNorm:
 
 
 class Encoder(nnx.Module):
-  """Word, position, type (and ERNIE's task) embeddings, then the layers, whose parameters are stacked."""
+  """Word, position, type (and ERNIE's task) embeddings, then the layers: stacked parameters, or a list of them."""
 
   def __init__(
     self,
@@ -379,7 +379,7 @@ def encoders(module: Any) -> list[Encoder]:
 
 
 def apart(module: Any) -> Any:
-  """A student or a teacher whose encoders hold each layer's parameters as arrays of their own, for use without noise.
+  """A student or a teacher whose encoders hold each layer's parameters as arrays of their own, out of any program.
 
   A compiled program cuts a stack into layers in each call, which on a CPU copies all parameters. Elsewhere, where that
   takes no time beside the rest, the module is given back as it is.
@@ -396,7 +396,8 @@ def apart(module: Any) -> Any:
 def unrolled(module: Any) -> Any:
   """A student whose encoders' layers stand one by one, in a program that calls them several times and has no loops.
 
-  Cut once, so that the gradients of all calls are summed by layer, in the products that make them, and not as stacks.
+  Cut once, and not in each call, so that the calls' gradients are summed by layer, in the products that make them, and
+  not as stacks.
   """
   module = jax.tree.map(lambda x: x, module)  # a copy
   for encoder in encoders(module):

@@ -392,8 +392,8 @@ def remedies(model: config.Model, train: config.Train, stage: str) -> str:
   """What would need less memory, of what is not in use yet."""
   ways = [
     (train.chunk is None, f"--{stage}.chunk 8"),
-    ((train.chunk or 1) > 1, f"a smaller --{stage}.chunk"),
     (not train.recompute, f"--{stage}.recompute"),
+    (train.recompute and (train.chunk or 1) > 1, f"a smaller --{stage}.chunk"),
     (not model.remat, "--model.remat"),
     (model.dtype != "bfloat16", "--model.dtype bfloat16"),
     (train.batch > 1, f"a smaller --{stage}.batch"),

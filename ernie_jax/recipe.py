@@ -130,7 +130,7 @@ def run(settings: Config, directory: Path, fresh: bool = False) -> dict[str, Any
     raise UserError(f"this is one of {jax.process_count()} hosts, each would be a run: add --multihost")
   divides(settings)
   mesh.agree("the command", json.dumps([str(directory), fresh, dataclasses.asdict(settings)]))
-  lead("claim", lambda: claim(directory, settings, fresh))
+  lead("claim", lambda: claim(directory, settings, fresh, goes_on=True))
   shared(directory)
   with jax.set_mesh(mesh.make()):
     current = prepare(directory, settings)
@@ -208,10 +208,13 @@ def shared(directory: Path) -> None:
     ) from None
 
 
-def claim(directory: Path, settings: Config, fresh: bool, what: str = "run", file: str = "config.json") -> None:
+def claim(
+  directory: Path, settings: Config, fresh: bool, what: str = "run", file: str = "config.json", goes_on: bool = False
+) -> None:
   """Makes the folder a run (or `what`) of this configuration, or checks that it is one.
 
-  What bounds memory may be another than it was: it changes results by rounding alone.
+  With `goes_on` what bounds memory may be another than it was, and is in the file from now on: it changes results by
+  rounding alone.
   """
   path = directory / file
   wanted = json.loads(json.dumps(dataclasses.asdict(settings)))
@@ -233,12 +236,13 @@ def claim(directory: Path, settings: Config, fresh: bool, what: str = "run", fil
     # One that is gone said where AdamW's moments are held, which changes no result.
     kept = {name: value for name, value in flat(found).items() if not name.endswith(".optimizer.shard")}
     old = {name: usual[name] for name in new.keys() & usual.keys()} | kept
+    differing = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
     bounds = ("model.scan", "model.remat", ".recompute") + (() if settings.data.pack else (".chunk",))
-    others = [name for name in sorted(old | new) if old.get(name) != new.get(name) and not name.endswith(bounds)]
-    if not others:
-      config.write(path, json.dumps(wanted, indent=2))
+    field = next((name for name in differing if not (goes_on and name.endswith(bounds))), None)
+    if field is None:
+      if differing:
+        config.write(path, json.dumps(wanted, indent=2))
       return
-    field = others[0]
     raise UserError(
       f"--output {directory}: holds a run with {field}={old.get(field)!r}, not {new.get(field)!r}; "
       "name another folder, or add --fresh to start anew"

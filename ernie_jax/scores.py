@@ -417,10 +417,11 @@ def matched(params: Params) -> int:
 
 
 def in_chunks(function: Callable[..., Any], count: int, recompute: bool, *rows: Any) -> Any:
-  """`function(*rows)` on `count` equal parts of the rows, one after the other: gradient caching.
+  """`function(*rows)` on `count` equal parts of the rows.
 
-  With `recompute` each part is computed again in the backward pass, so that the activations of one part exist at a
-  time. Without, those of all do; not in a loop, which would copy them into stacks, and back.
+  With `recompute` in a loop, each part again in the backward pass, so that the activations of one exist at a time:
+  gradient caching. Without, those of all are held, and the parts stand one after the other in the program: a loop would
+  copy what is held into stacks, and back. In which order they run is then the compiler's choice.
   """
   if count == 1:  # nothing would be saved by computing the only part twice
     return function(*rows)
@@ -501,6 +502,7 @@ def towers(
   weights = train.on
   size, count = parted(batch, numbers, train)
   student = params["student"]
+  student = unrolled(student) if count > 1 and not train.recompute and not model.scan else student
   settings: dict[str, Any] = {"late": weights.needs_late, "copies": 2 if weights.needs_twin else 1}
   settings["every"] = weights.virt > 0
   # No gradient reaches a teacher that has no loss of its own.
@@ -517,7 +519,6 @@ def towers(
   if teacher and train.needs_cross:
     made = in_chunks(judged, count, train.recompute, batch.pairs, batch.passages, numbers)
   if weights.needs_student:
-    student = unrolled(student) if count > 1 and not train.recompute and not model.scan else student
     queries, passages = in_chunks(embedded, count, train.recompute, batch.queries, batch.passages, numbers)
     made = made.replace(queries=queries, passages=passages)
   return made

@@ -218,9 +218,9 @@ def _room(directory: Path, stage: config.Train) -> Iterator[None]:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
+    way = "chunk (queries encoded at once)" if stage.recompute or not stage.chunk else "recompute"
     raise UserError(
-      f"{directory.name}: the device's memory is too small for batch={stage.batch}; set chunk (queries "
-      "encoded at once), or model.remat"
+      f"{directory.name}: the device's memory is too small for batch={stage.batch}; set {way}, or model.remat"
     ) from error
 
 

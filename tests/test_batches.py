@@ -139,19 +139,21 @@ def test_packed_equals_padded(tiny_params):
   peers = config.Weights(margin_mse=1, kl_listwise=1, kl_bidirectional=1, virt=1)
   train = config.Train(batch=8, negatives=2, weights=peers, late_pool="global")
   found = []
-  for devices, chunk, units in ((1, None, 0), (2, 2, 4)):
-    settings, grid = dataclasses.replace(train, chunk=chunk), mesh.make(jax.devices()[:devices])
+  for devices, chunk, units, recompute in ((1, None, 0, True), (2, 2, 4, True), (1, 2, 4, False)):
+    settings = dataclasses.replace(train, chunk=chunk, recompute=recompute)
+    grid = mesh.make(jax.devices()[:devices])
     with jax.set_mesh(grid):
       loss = lambda p, b, settings=settings: step.loss(p, b, model, settings, jax.random.key(3))
       batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units)), grid)
       lengths = [rows.tokens.shape[1] for rows in (batch.queries, batch.passages)]
       assert (lengths[0] == lengths[1]) == (units > 0)  # packed, both go through the encoder together
       found.append(jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(mesh.whole(params, grid), batch)))
-  ((_, padded), padded_gradient), ((_, packed), packed_gradient) = found
+  ((_, padded), padded_gradient), *others = found
   assert set(padded) == train.weights.active
-  for term in padded:
-    np.testing.assert_allclose(packed[term], padded[term], rtol=1e-5, atol=1e-6, err_msg=term)
-  assert distance(packed_gradient, padded_gradient) < 1e-5
+  for (_, packed), packed_gradient in others:
+    for term in padded:
+      np.testing.assert_allclose(packed[term], padded[term], rtol=1e-5, atol=1e-6, err_msg=term)
+    assert distance(packed_gradient, padded_gradient) < 1e-5
 
 
 def test_packed_mean_pooling_equals_padded(tiny_params):

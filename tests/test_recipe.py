@@ -465,8 +465,10 @@ def test_what_bounds_memory_may_change_in_a_run_unless_it_changes_what_is_in_a_b
     other = config.Config(data=data, **small)
     if pack:  # a chunk's texts are packed together
       with pytest.raises(config.UserError, match=r"holds a run with cascade\.chunk=None, not 8"):
-        recipe.claim(place, other, fresh=False)
+        recipe.claim(place, other, fresh=False, goes_on=True)
       assert (place / "config.json").read_bytes() == before
       other = dataclasses.replace(other, cascade=held)
-    recipe.claim(place, other, fresh=False)
+    with pytest.raises(config.UserError, match=r"holds a run with"):  # as of an ablation's rows, which must be alike
+      recipe.claim(place, other, fresh=False)
+    recipe.claim(place, other, fresh=False, goes_on=True)
     assert json.loads((place / "config.json").read_text()) == json.loads(json.dumps(dataclasses.asdict(other)))

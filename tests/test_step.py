@@ -1,6 +1,7 @@
 """The one training step: devices, retraces, what is trained, what is frozen."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -30,14 +31,21 @@ def alone(tiny_params):
 
 
 @pytest.mark.parametrize(
-  ("devices", "chunk", "recompute"), [(2, 1, True), (2, 2, False), (8, None, True), ("2 processes", 2, True)]
+  ("devices", "chunk", "recompute", "scan"),
+  [
+    (2, 1, True, True),
+    (2, 2, False, False),
+    (1, 4, False, True),
+    (8, None, True, True),
+    ("2 processes", 2, True, True),
+  ],
 )
 def test_loss_and_gradients_do_not_depend_on_devices_hosts_or_chunks(
-  tiny_params, alone, devices, chunk, recompute, tmp_path, monkeypatch
+  tiny_params, alone, devices, chunk, recompute, scan, tmp_path, monkeypatch
 ):
   """Every term, hard negatives, dropout and its twins, the global pool: one result for one global batch."""
   model, params = tiny_params
-  if not recompute:
+  if not scan:
     model = dataclasses.replace(model, scan=False)
     params = step.init_params(model, TINY, TINY, jax.random.key(0))
   tile = 8 * 8 * 6 * 9  # MaxSim over the pool takes several turns on every number of devices
@@ -176,14 +184,20 @@ def test_the_teacher_before_the_student_takes_less_memory_and_in_chunks_fewer_fl
 
 
 def test_chunks_that_are_held_are_computed_once_and_recomputed_ones_take_less_memory():
-  """Held, they take the FLOPs of no chunks at all. (Of recomputed ones the compiler counts one turn of the loop.)"""
+  """Held, they take the FLOPs of no chunks at all. (Of recomputed ones the compiler counts one turn of the loop.)
+
+  And each stack's gradient is joined from its layers' once, not once for each chunk.
+  """
   a = dataclasses.replace(TINY, layers=3, width=128, inner=512, positions=64)
   whole = dataclasses.replace(FULL, batch=16, negatives=3, weights=Weights.only(nll_de=1))
   grad = jax.value_and_grad(step.loss, has_aux=True)
-  made = {
-    name: lowered(grad, a, dataclasses.replace(whole, chunk=chunk, recompute=name == "recomputed"), 16).compile()
+  programs = {
+    name: lowered(grad, a, dataclasses.replace(whole, chunk=chunk, recompute=name == "recomputed"), 16)
     for name, chunk in [("whole", None), ("held", 4), ("recomputed", 4)]
   }
+  stacks = {name: len(re.findall(r"concatenate.*-> tensor<3x", p.as_text())) for name, p in programs.items()}
+  assert stacks["held"] == 16 <= stacks["whole"]  # as many as arrays of a layer
+  made = {name: program.compile() for name, program in programs.items()}
   flops, memory = (
     {name: read(program) for name, program in made.items()}
     for read in (lambda p: p.cost_analysis()["flops"], lambda p: p.memory_analysis().temp_size_in_bytes)
