@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -386,22 +387,23 @@ def apart(module: Any) -> Any:
   """
   if jax.default_backend() != "cpu" or all(isinstance(encoder.layers, nnx.List) for encoder in encoders(module)):
     return module
-  module = jax.tree.map(lambda x: x, module)  # a copy
-  for encoder in encoders(module):
-    stack = jax.tree.map(np.asarray, encoder.layers)
-    encoder.layers = nnx.List([jax.tree.map(lambda x: x[i], stack) for i in range(encoder.architecture.layers)])
-  return module
+
+  def cut(stack, size):
+    held = jax.tree.map(np.asarray, stack)
+    return [jax.tree.map(lambda x: x[i], held) for i in range(size)]
+
+  return unrolled(module, cut)
 
 
-def unrolled(module: Any) -> Any:
+def unrolled(module: Any, cut: Callable[[Any, int], list] | None = None) -> Any:
   """A student whose encoders' layers stand one by one, in a program that calls them several times and has no loops.
 
   Cut once, and not in each call, so that the calls' gradients are summed by layer, in the products that make them, and
-  not as stacks.
+  not as stacks. `cut` gives the layers of a stack of so many; None: `unstack`.
   """
   module = jax.tree.map(lambda x: x, module)  # a copy
   for encoder in encoders(module):
-    encoder.layers = nnx.List(unstack(encoder.layers, encoder.architecture.layers))
+    encoder.layers = nnx.List((cut or unstack)(encoder.layers, encoder.architecture.layers))
   return module
 
 
