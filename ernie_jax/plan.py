@@ -390,15 +390,9 @@ def held(tree: Any) -> int:
 
 def remedies(model: config.Model, train: config.Train, stage: str) -> str:
   """What would need less memory, of what is not in use yet."""
-  ways = [
-    (train.chunk is None, f"--{stage}.chunk 8"),
-    (not train.recompute, f"--{stage}.recompute"),
-    (train.recompute and (train.chunk or 1) > 1, f"a smaller --{stage}.chunk"),
-    (not model.remat, "--model.remat"),
-    (model.dtype != "bfloat16", "--model.dtype bfloat16"),
-    (train.batch > 1, f"a smaller --{stage}.batch"),
-  ]
-  return ", ".join(way for useful, way in ways if useful) + ", or more chips"
+  ways = step.less_memory(model, train, stage)
+  ways += ["--model.dtype bfloat16"] * (model.dtype != "bfloat16") + [f"a smaller --{stage}.batch"] * (train.batch > 1)
+  return ", ".join(ways) + ", or more chips"
 
 
 @contextlib.contextmanager

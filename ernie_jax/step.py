@@ -170,6 +170,17 @@ def divides(train: config.Train, devices: int) -> None:
     raise config.UserError(f"batch={train.batch}: does not divide over {split}; use {good}{other}")
 
 
+def less_memory(model: config.Model, train: config.Train, stage: str) -> list[str]:
+  """Flags of what would need less memory and give the same result, but for rounding, where it is not in use yet."""
+  ways = [
+    (train.chunk is None, f"--{stage}.chunk 8"),
+    (not train.recompute, f"--{stage}.recompute"),
+    (train.recompute and (train.chunk or 1) > 1, f"a smaller --{stage}.chunk"),
+    (not model.remat, "--model.remat"),
+  ]
+  return [way for useful, way in ways if useful]
+
+
 def done(number: Int[Array, ""] | int, train: config.Train) -> Float[Array, ""] | float:
   """How far a stage is in a step: 0 in the first, number 0, and 1 in the last."""
   return number / max(train.steps - 1, 1)

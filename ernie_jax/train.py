@@ -143,7 +143,7 @@ def train(
       def read_logs(number: int, batch: Batch, logs: dict[str, jax.Array]) -> tuple[int, dict, dict]:
         """A step's number, terms and speed; waits for it."""
         nonlocal read_at
-        with _room(directory, stage):
+        with _room(directory.name, model, stage):
           terms = {name: float(x) for name, x in jax.device_get(logs).items()}
         _warn(directory, stage, number, terms)
         seconds, read_at = time.monotonic() - read_at, time.monotonic()
@@ -178,7 +178,7 @@ def train(
           iterator.set_state(position)  # the same examples, with other negatives
           read_at = time.monotonic()
         batch = next(iterator)
-        with _room(directory, stage):
+        with _room(directory.name, model, stage):
           state, logs = train_step(state, mesh.shard(batch, grid), key)
         if unread is not None:
           write(*read_logs(*unread), {})
@@ -211,16 +211,16 @@ def train(
 
 
 @contextlib.contextmanager
-def _room(directory: Path, stage: config.Train) -> Iterator[None]:
+def _room(name: str, model: config.Model, stage: config.Train) -> Iterator[None]:
   """Says what to do where the device's memory is too small."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    way = "chunk (queries encoded at once)" if stage.recompute or not stage.chunk else "recompute"
+    ways = [*step.less_memory(model, stage, name), f"a smaller --{name}.batch"]
     raise UserError(
-      f"{directory.name}: the device's memory is too small for batch={stage.batch}; set {way}, or model.remat"
+      f"{name}: the device's memory is too small for batch={stage.batch}; try {', '.join(ways)}"
     ) from error
 
 

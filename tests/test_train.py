@@ -120,6 +120,32 @@ class Killed(BaseException):
   pass
 
 
+def test_a_stage_goes_on_with_its_layers_unrolled_and_recomputed(params, texts, tmp_path, monkeypatch):
+  """What memory asked for in the middle of a stage: the state and its place in the data are restored, by rounding."""
+  plain = run(tmp_path / "plain", params, texts, LIGHT)
+  real, calls = loop.mesh.shard, []
+
+  def shard(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return real(*arguments)
+
+  monkeypatch.setattr(loop.mesh, "shard", shard)
+  with pytest.raises(Interrupted, match="after step 2"):
+    run(tmp_path / "other", params, texts, LIGHT)
+  other, tall = dataclasses.replace(MODEL, scan=False, remat=True), params["student"].encoder.architecture
+  given = mesh.whole(step.init_params(other, tall, tall, jax.random.key(1)), mesh.make())  # other values: not read
+  found = loop.train(tmp_path / "other", given, texts, other, DATA, LIGHT, 5)
+  assert found.params["student"].encoder.remat
+  assert not found.params["student"].encoder.scan
+  (*_, before), (*_, after) = logged(tmp_path / "plain"), logged(tmp_path / "other")
+  assert after[0] == before[0] == 4
+  assert after[2] == pytest.approx(before[2], rel=1e-6)
+  for x, y in zip(jax.tree.leaves(found.params), jax.tree.leaves(plain.params), strict=True):
+    assert distance(x, y) < 1e-5
+
+
 def test_stopped_and_continued_equals_uninterrupted_bit_for_bit(whole, params, texts, tmp_path, monkeypatch):
   """Ctrl-C in step 1, SIGTERM in step 2, a kill in step 4 (its checkpoint is of step 2), Ctrl-C after it, the end."""
   directory, expected = whole
@@ -428,9 +454,13 @@ def test_ten_steps_without_a_finite_gradient_end_so_too_where_logs_are_read_late
   assert [number for number, *_ in logged(tmp_path)] == list(range(1, 10))
 
 
-def test_a_device_s_full_memory_is_one_line_and_no_other_error_is(tmp_path):
+def test_a_device_s_full_memory_is_one_line_and_no_other_error_is():
   full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17.46GiB")
-  with pytest.raises(UserError, match="memory is too small for batch=8; set chunk"), loop._room(tmp_path, STAGE):
+  ways = r"try --warmup\.chunk 8, --model\.remat, a smaller --warmup\.batch"
+  with pytest.raises(UserError, match=f"memory is too small for batch=8; {ways}"), loop._room("warmup", MODEL, STAGE):
     raise full
-  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), loop._room(tmp_path, STAGE):
+  held = dataclasses.replace(STAGE, chunk=4, recompute=False)
+  with pytest.raises(UserError, match=r"try --post\.recompute, --model"), loop._room("post", MODEL, held):
+    raise full
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), loop._room("warmup", MODEL, STAGE):
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
