@@ -21,7 +21,7 @@ from ernie_jax.columns import Ragged
 from ernie_jax.config import UserError
 from ernie_jax.masking import Masking, Plain
 from ernie_jax.scores import Batch
-from ernie_jax.templates import Template
+from ernie_jax.templates import Template, together
 from ernie_jax.tokens import Tokenizer
 
 PATIENCE = 4  # times as many examples as a unit holds are looked at before it takes the smallest
@@ -99,13 +99,21 @@ def used(train: config.Train) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The shape of batches: queries of a unit (1 unless packed); by tower in use, rows of a unit and tokens of a row."""
+  """The shape of batches: queries of a unit (1 unless packed); by tower in use, rows of a unit and tokens of a row.
+
+  "queries" are not there where they stand in the rows of "passages".
+  """
 
   unit: int
   count: dict[str, int]
   length: dict[str, int]
   packed: bool
   masked: int = 0  # tokens of a row of masked text; 0: there is none
+
+  @property
+  def together(self) -> bool:
+    """Whether queries stand in the rows of passages."""
+    return "passages" in self.count and "queries" not in self.count
 
   def rows(self, batch: int) -> dict[str, tuple[int, int]]:
     """Rows of a global batch, and their tokens, by tower; those of masked text as "masked"."""
@@ -177,10 +185,13 @@ def fit(chosen: Sequence[Example], room: dict[str, tuple[int, int]]) -> tuple[di
   return places, None
 
 
-def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | None = None) -> Layout:
+def layout(
+  data: config.Data, train: config.Train, devices: int, texts: Texts | None = None, tied: bool = True
+) -> Layout:
   """How batches are laid out over so many devices; packed, as the lengths of `texts` ask for (None: all the longest).
 
-  A unit gets about the rows that its texts need on average, and more until, in a trial, few examples wait.
+  A unit gets about the rows that its texts need on average, and more until, in a trial, few examples wait. Queries
+  stand in the rows of passages, unless they have an encoder of their own (not `tied`).
   A unit is what a device encodes at once: its part of the batch, or a chunk. To have the same examples in a batch on
   any number of devices with packing, set `train.chunk`.
   """
@@ -188,17 +199,18 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
   if not train.needs_pairs:
     return Layout(1, {}, {}, False, masked)
   unit, lists = 1 if data.pack is None else train.chunk or train.batch // devices, 1 + train.negatives
-  longest = {"queries": data.query_length, "passages": data.passage_length, "pairs": data.pair_length}
-  towers = used(train)
-  number = {tower: unit if tower == "queries" else unit * lists for tower in towers}
+  together = tied and data.pack is not None
+  full = np.full(1, data.query_length), np.full(lists, data.passage_length), np.full(lists, data.pair_length)
+  longest = {tower: own for tower, own in by_tower(*full, together).items() if tower in used(train)}
+  most = {tower: int(own.max()) for tower, own in longest.items()}
   if data.pack is None:
-    return Layout(unit, number, longest, False, masked)
-  length = {tower: math.ceil(longest[tower] / data.pack) * data.pack for tower in towers}
+    return Layout(unit, {tower: len(own) for tower, own in longest.items()}, most, False, masked)
+  length = {tower: math.ceil(most[tower] / data.pack) * data.pack for tower in longest}
   if texts is None:
-    count = {tower: -(-number[tower] // (length[tower] // longest[tower])) for tower in towers}
+    count = {tower: _rows(np.tile(own, unit), length[tower]) for tower, own in longest.items()}
     return Layout(unit, count, length, True, masked)
   rng = np.random.default_rng(0)
-  size = sizes(texts, data)
+  size = sizes(texts, data, together)
 
   def example(number: int) -> Example:
     query = int(rng.integers(len(texts.queries)))
@@ -207,20 +219,19 @@ def layout(data: config.Data, train: config.Train, devices: int, texts: Texts | 
 
   drawn = [example(number) for number in range(max(64, SIMULATED // (unit * lists)) * unit)]
   count = {}
-  for tower in towers:
+  for tower in longest:
     whole = [np.concatenate([e.sizes[tower] for e in own]) for own in np.reshape(np.array(drawn, object), (-1, unit))]
     mean = np.mean([_rows(own, length[tower]) for own in whole])
     # The largest that there could be has room beside small ones: it must not wait for ever.
-    small = sorted((e.sizes[tower] for e in drawn), key=np.sum)[len(drawn) // 10]
-    largest = np.full(len(small), longest[tower])
-    count[tower] = max(
-      round(mean * (1 + MARGIN)), _rows(np.concatenate([largest, *[small] * (unit - 1)]), length[tower])
-    )
+    tenth = len(drawn) // 10
+    small = sorted((e.sizes[tower] for e in drawn), key=np.sum)[tenth - unit + 1 : tenth]
+    least = _rows(np.concatenate([longest[tower], *small]), length[tower])
+    count[tower] = max(round(mean * (1 + MARGIN)), least)
   while True:
     queue = Queue(lambda number: drawn[number % len(drawn)])
     with contextlib.suppress(UserError):  # so few rows that some unit cannot be filled
       while queue.next < 2 * len(drawn) and len(queue.waiting) <= 4 * unit:
-        queue.unit(unit, {tower: (count[tower], length[tower]) for tower in towers})
+        queue.unit(unit, {tower: (count[tower], length[tower]) for tower in longest})
       if len(queue.waiting) <= unit // 8 + 1:
         return Layout(unit, count, length, True, masked)
     count[queue.overflows.most_common(1)[0][0]] += 1
@@ -233,19 +244,25 @@ def _rows(sizes: np.ndarray, length: int) -> int:
   return int(places.max()) // length + 1
 
 
-def sizes(texts: Texts, data: config.Data) -> Callable[[int, np.ndarray], dict[str, np.ndarray]]:
-  """A function: tokens that an example (query row, passage rows) takes in each tower."""
+def by_tower(query: np.ndarray, passages: np.ndarray, pairs: np.ndarray, together: bool) -> dict[str, np.ndarray]:
+  """Tokens of an example's texts by tower; `together` with the passages its query, as the last."""
+  if together:
+    return {"passages": np.concatenate([passages, query]), "pairs": pairs}
+  return {"queries": query, "passages": passages, "pairs": pairs}
+
+
+def sizes(
+  texts: Texts, data: config.Data, together: bool = False
+) -> Callable[[int, np.ndarray], dict[str, np.ndarray]]:
+  """A function: tokens that an example (query row, passage rows) takes, `by_tower`."""
   template = Template(texts.tokenizer, data)
   queries, passages = texts.queries.offsets, texts.passages.offsets
 
   def size(query: int, own: np.ndarray) -> dict[str, np.ndarray]:
     asked = np.array([queries[query + 1] - queries[query]])
     found = passages[own + 1] - passages[own]
-    return {
-      "queries": template.query_sizes(asked),
-      "passages": template.passage_sizes(found),
-      "pairs": template.pair_sizes(asked, found),
-    }
+    texts_of = template.query_sizes(asked), template.passage_sizes(found), template.pair_sizes(asked, found)
+    return by_tower(*texts_of, together)
 
   return size
 
@@ -262,27 +279,34 @@ def gather(units: Sequence[Unit], texts: Texts, data: config.Data, shape: Layout
     mine = texts.identity[texts.positives[example.query]]
     table[row, : len(mine)] = mine
 
+  places: dict[str, np.ndarray] = {}
+  for tower in shape.count if shape.packed else ():
+    places[tower] = np.concatenate([unit.places[tower] for unit in units if unit.places is not None])
+  if shape.together:
+    every = places["passages"].reshape(len(queries), lists + 1)
+    places |= {"passages": every[:, :-1].ravel(), "queries": every[:, -1]}
+
   def placed(tower: str, longest: int) -> dict[str, Any]:
+    rows_of = "passages" if tower == "queries" and shape.together else tower
+    own: dict[str, Any] = {"length": shape.length[rows_of]}
     if not shape.packed:
-      return {"length": shape.length[tower]}
-    places = np.concatenate([unit.places[tower] for unit in units if unit.places is not None])
-    return {
-      "length": shape.length[tower],
-      "places": places,
+      return own
+    return own | {
+      "places": places[tower],
       "units": len(units),
-      "count": shape.count[tower],
+      "count": shape.count[rows_of],
       "longest": longest,
     }
 
   made: dict[str, Any] = {"queries": None, "passages": None, "pairs": None}
-  for tower in shape.count:
-    if tower == "pairs":
-      repeated = list(itertools.chain.from_iterable(itertools.repeat(q, lists) for q in queries))
-      made[tower] = template.pairs(repeated, passages, **placed(tower, data.pair_length))
-    elif tower == "queries":
-      made[tower] = template.queries(queries, **placed(tower, data.query_length))
-    else:
-      made[tower] = template.passages(passages, **placed(tower, data.passage_length))
+  if "pairs" in shape.count:
+    repeated = list(itertools.chain.from_iterable(itertools.repeat(q, lists) for q in queries))
+    made["pairs"] = template.pairs(repeated, passages, **placed("pairs", data.pair_length))
+  if "passages" in shape.count:
+    made["queries"] = template.queries(queries, **placed("queries", data.query_length))
+    made["passages"] = template.passages(passages, **placed("passages", data.passage_length))
+  if shape.together:
+    made["passages"], made["queries"] = together(made["passages"], made["queries"])
   return Batch(**made, texts=texts.identity[np.concatenate([e.passages for e in examples])], known=table)
 
 
@@ -300,7 +324,7 @@ def batches(
   import grain
 
   known = int(texts.positives.lengths.max(initial=0))
-  size = sizes(texts, data)
+  size = sizes(texts, data, shape.together)
   here = np.arange(train.batch) if rows is None else rows
   mine = here[:: shape.unit] // shape.unit
   room = {tower: (count, shape.length[tower]) for tower, count in shape.count.items()}

@@ -69,7 +69,8 @@ def flops(
 ) -> float:
   """Model FLOPs of one training step over the global batch, for the terms that are on (METHOD: shapes, three scorers).
 
-  `rows` are the rows of the global batch and their tokens, by tower: "queries", "passages", "pairs", "masked".
+  `rows` are the rows of the global batch and their tokens, by tower: "queries" (not there where they stand in the rows
+  of passages), "passages", "pairs", "masked".
   What is trained counts three times (forward, and twice that backward), a cross-encoder that no term trains once.
   """
   weights, terms = train.on, train.on.active
@@ -87,7 +88,7 @@ def flops(
 
   if weights.needs_student:
     copies = 2 if weights.needs_twin else 1
-    towers = forward(student, *rows["queries"]) + forward(student, *rows["passages"])
+    towers = sum(forward(student, *rows[tower]) for tower in ("queries", "passages") if tower in rows)
     dual_pool = "nll_de" in terms and train.dual_pool == "global"
     dual_pool |= "kl_li_de" in terms and train.late_pool == "global"
     vectors = passages if terms & config.VECTORS else 0
@@ -100,7 +101,7 @@ def flops(
   if weights.needs_late:
     width = student.width if model.late_width is None else model.late_width
     if model.late_width is not None:
-      tokens = math.prod(rows["queries"]) + math.prod(rows["passages"])
+      tokens = sum(math.prod(rows[tower]) for tower in ("queries", "passages") if tower in rows)
       total += 3 * 2 * tokens * student.width * width
     similarity = 2 * data.query_length * data.passage_length * width
     pool = queries * passages if train.late_pool == "global" and terms & {"nll_li", "kl_li_de"} else 0

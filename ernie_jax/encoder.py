@@ -30,13 +30,14 @@ class Rows:
 
   Packed rows come in units, of which an encoder call gets one: what a device encodes at once. `starts` says where the
   unit's texts begin, in its rows laid end to end; text i is segment i + 1. Without `starts`, the texts of each row are
-  its segments 1, 2, ...: one, but for masked text.
+  its segments 1, 2, ...: one, but for masked text. Without tokens, the texts stand in the rows of others (`joined`).
   """
 
-  tokens: Int[Array, "n l"]
-  segments: Int[Array, "n l"]  # whose token it is: 0 is padding, -s reads text s and is not read ([MASK] augmentation)
-  positions: Int[Array, "n l"]  # counted from each text's first token
-  types: Int[Array, "n l"]  # 0, and 1 for the second part of a pair
+  tokens: Int[Array, "n l"] = struct.field(default=None)
+  # Whose token it is: 0 is padding, -s reads text s and is not read ([MASK] augmentation).
+  segments: Int[Array, "n l"] = struct.field(default=None)
+  positions: Int[Array, "n l"] = struct.field(default=None)  # counted from each text's first token
+  types: Int[Array, "n l"] = struct.field(default=None)  # 0, and 1 for the second part of a pair
   starts: Int[Array, "t"] = struct.field(default=None)  # None: segments are counted in each row
   unit: int = struct.field(pytree_node=False, default=0)  # packed: texts of a unit
   longest: int = struct.field(pytree_node=False, default=0)  # packed: tokens that a text may have
@@ -69,7 +70,10 @@ def owned(rows: Rows) -> Int[Array, "t k"]:
 
 
 def joined(a: Rows, b: Rows) -> Rows:
-  """The texts of both, in rows of the same length, and of the same kind."""
+  """The texts of both, in rows of the same length, and of the same kind; those of `b` may stand in the rows of `a`."""
+  if b.tokens is None:  # as segments after those of a
+    starts, longest = jnp.concatenate([a.starts, b.starts]), max(a.longest, b.longest)
+    return a.replace(starts=starts, unit=a.unit + b.unit, longest=longest)
   both: Any = jax.tree.map(
     lambda x, y: jnp.concatenate([x, y]), a, dataclasses.replace(b, unit=a.unit, longest=a.longest)
   )

@@ -356,16 +356,17 @@ def arguments(
   state = jax.tree.map(lambda x: placed(x, P() if x.sharding is None else x.sharding.spec), state)
   number = lambda *shape: placed(jax.ShapeDtypeStruct(shape, jnp.int32), P("data"))
   data, b, p = settings.data, train.batch, train.batch * (1 + train.negatives)
-  layout = layout or batches.layout(data, train, over.size)
+  layout = layout or batches.layout(data, train, over.size, tied=settings.model.tied)
   shapes = layout.rows(train.batch)
 
   def rows(tower: str, texts: int, longest: int, lead: int) -> Any:
-    if tower not in shapes:
+    elsewhere = tower == "queries" and layout.together
+    if tower not in shapes and not elsewhere:
       return None
     packed: Any = {}
     if layout.packed and tower != "masked":
       packed = {"starts": number(texts), "unit": texts * layout.unit // b, "longest": longest}
-    one: Any = number(*shapes[tower])
+    one: Any = None if elsewhere else number(*shapes[tower])
     return Rows(one, one, one, one, **packed, lead=lead)
 
   lead = 2 if data.markers else 1
@@ -440,7 +441,7 @@ def plan(settings: Config, stage: Stage, topology: str, texts: batches.Texts | N
   longest = min(a.positions for a in shapes)
   check(settings.data.pair_length <= longest, "data.passage_length", settings.data.passage_length, "too long a pair")
   data = settings.data if texts is None else dataclasses.replace(settings.data, markers=False)
-  layout, slice_mesh = batches.layout(data, train, chips, texts), mesh.make(devices(topology))
+  layout, slice_mesh = batches.layout(data, train, chips, texts, settings.model.tied), mesh.make(devices(topology))
   with jax.set_mesh(slice_mesh), telling(f"{topology}, {stage}"):
     state, batch, key = arguments(settings, train, slice_mesh, layout)
     jitted: Any = step.make_train_step(settings.model, train)

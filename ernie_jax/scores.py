@@ -54,7 +54,9 @@ class MaskedRows:
 class Batch:
   """B queries, each with its own list of K passages: the positive at index 0, then hard negatives; B masked rows."""
 
-  queries: Rows = struct.field(default=None)  # B texts; None, as all the others, where no term asks for it
+  # B texts; None, as all the others, where no term asks for it. Packed, where one encoder reads both, they stand in the
+  # rows of the passages: beside long ones there is room.
+  queries: Rows = struct.field(default=None)
   passages: Rows = struct.field(default=None)  # B*K texts, query by query
   pairs: Rows = struct.field(default=None)  # B*K texts [CLS] query [SEP] passage [SEP], of the same tokens
   # Identity of each passage's text: equal texts have equal numbers.
@@ -155,6 +157,13 @@ class Embeddings:
   twin: Float[Array, "n h"] = struct.field(default=None)  # the vector again, under other dropout (DualReg)
   hidden: Float[Array, "n l m h"] = struct.field(default=None)  # after each layer, in the model's dtype (VIRT)
 
+  def of(self, texts: slice, longest: int | None) -> Embeddings:
+    """Those of some texts, of so many tokens at most."""
+    vector, twin = jax.tree.map(lambda x: x[texts], (self.vector, self.twin))
+    by_token = self.mask, self.content, self.tokens, self.hidden
+    mask, content, tokens, hidden = jax.tree.map(lambda x: x[texts, :longest], by_token)
+    return Embeddings(vector, mask, content, tokens, twin, hidden)
+
 
 def repeated(rows: Rows, noise: Noise | None, copies: int) -> tuple[Rows, Noise | None]:
   """The texts once, or twice, each time under noise of their own."""
@@ -202,18 +211,16 @@ def embed_both(
   """
   noise = partial(of_texts, seeds)
   queries, passages = rows
-  alike = [(own.tokens.shape[1], own.starts is None, own.lead) for own in rows]
-  if student.query_encoder is not None or alike[0] != alike[1]:
+  kind = lambda own: (own.tokens.shape[1], own.starts is None, own.lead)
+  if student.query_encoder is not None or (queries.tokens is not None and kind(queries) != kind(passages)):
     q, p = (embed(student, model, *one, **settings) for one in zip(rows, map(noise, numbers), (True, False)))
     return q, p
-  (q_rows, q_noise), (p_rows, p_noise) = (repeated(*one, settings["copies"]) for one in zip(rows, map(noise, numbers)))
-  both = None if q_noise is None or p_noise is None else noise(jnp.concatenate([q_noise.texts, p_noise.texts]))
-  hidden, _ = student.encoder(joined(q_rows, p_rows), both, every=settings["every"])
-  own = jax.lax.split(hidden, (len(q_rows.tokens), len(p_rows.tokens)), int(settings["every"]))
-  return (
-    embeddings(student, model, queries, q_rows, own[0], **settings),
-    embeddings(student, model, passages, p_rows, own[1], **settings),
-  )
+  both = joined(passages, queries)
+  several, several_noise = repeated(both, noise(jnp.concatenate(numbers[::-1])), settings["copies"])
+  hidden, _ = student.encoder(several, several_noise, every=settings["every"])
+  made = embeddings(student, model, both, several, hidden, **settings)
+  count = len(numbers[1])
+  return made.of(slice(count, None), queries.longest or None), made.of(slice(count), passages.longest or None)
 
 
 def embeddings(

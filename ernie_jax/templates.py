@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,6 +63,19 @@ def rows(
   packed: Any = {} if places is None else {"starts": places.astype(np.int32), "unit": each, "longest": longest}
   laid: dict[str, Any] = {"tokens": tokens, "segments": segments, "positions": positions, "types": types}
   return Rows(**{name: x.reshape(total, length) for name, x in laid.items()}, **packed, lead=lead)
+
+
+def together(own: Rows, others: Rows) -> tuple[Rows, Rows]:
+  """Packed rows as one, of which each leave free what the others fill; and the others, now without rows of their own.
+
+  In each unit the others' texts are segments after the own ones (`encoder.joined`).
+  """
+  there = others.segments != 0
+  moved = dataclasses.replace(others, segments=others.segments + own.unit * np.sign(others.segments))
+  names = "tokens", "segments", "positions", "types"
+  laid: dict[str, Any] = {name: np.where(there, getattr(moved, name), getattr(own, name)) for name in names}
+  nowhere: dict[str, Any] = dict.fromkeys(names)
+  return dataclasses.replace(own, **laid), dataclasses.replace(others, **nowhere)
 
 
 def ranges(begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -112,7 +112,7 @@ def train(
   # ---- Data, state: from the newest checkpoint, else from the given parameters.
   grid = mesh.make()
   step.divides(stage, grid.devices.size)
-  layout = batches.layout(data, stage, grid.devices.size, texts)
+  layout = batches.layout(data, stage, grid.devices.size, texts, model.tied)
   read = lambda texts: batches.batches(texts, data, stage, seed, layout, mesh.share(grid, stage.batch))
   iterator = read(texts)
   key = jax.random.fold_in(jax.random.key(seed), 0x7EA)  # not the key that made the parameters
@@ -254,7 +254,8 @@ def shapes(params: Params) -> tuple[config.Architecture, config.Architecture]:
 def rates(batch: Batch, stage: config.Train, seconds: float, work: float) -> dict[str, float]:
   """Speed of one step over all devices, its data included; `batch` is this host's share, `work` the step's FLOPs."""
   masked = None if batch.masked is None else batch.masked.rows
-  used = [rows for rows in (batch.queries, batch.passages, batch.pairs, masked) if rows is not None]
+  towers = batch.queries, batch.passages, batch.pairs, masked
+  used = [rows for rows in towers if rows is not None and rows.tokens is not None]
   tokens = sum(rows.tokens.size for rows in used) * jax.process_count()
   real = sum(int(np.count_nonzero(rows.segments)) for rows in used) * jax.process_count()
   share = cost.mfu(work, seconds, jax.device_count())

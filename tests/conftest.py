@@ -72,6 +72,12 @@ SPECIAL = (1, 2)
 TINY = config.Architecture(vocabulary=50, width=16, layers=3, heads=2, inner=32, positions=64, special=SPECIAL)
 
 
+class Ids:
+  """What rows need of a tokenizer."""
+
+  pad, cls, sep, mask = 0, 1, 2, 3
+
+
 def make_rows(
   rng: np.random.Generator, parts: list[list[np.ndarray]], length: int, shift: int = 0, pack: tuple[int, int] = (0, 0)
 ) -> Rows:
@@ -80,9 +86,6 @@ def make_rows(
   Packed with `pack=(units, length)`: the texts are so many units, in rows of that length.
   """
   from ernie_jax import batches, templates
-
-  class Ids:
-    pad, cls, sep, mask = 0, 1, 2, 3
 
   units, wide = pack
   if not units:
@@ -97,11 +100,12 @@ def make_rows(
 
 
 def make_batch(
-  seed: int = 0, b: int = 8, k: int = 3, lq: int = 6, lp: int = 9, pad: int = 0, units: int = 0
+  seed: int = 0, b: int = 8, k: int = 3, lq: int = 6, lp: int = 9, pad: int = 0, units: int = 0, together: bool = False
 ) -> scores.Batch:
   """A random batch with hard negatives, where some queries know further positives in the pool.
 
-  `pad` adds padding; with `units`, the same texts are packed in so many units, in rows of 2 to 3 texts.
+  `pad` adds padding; with `units`, the same texts are packed in so many units, in rows of 2 to 3 texts; `together`,
+  queries stand in the rows of passages.
   """
   rng = np.random.default_rng(seed)
   text = lambda longest: rng.integers(3, 50, rng.integers(1, longest - 1)).astype(np.int32)
@@ -116,7 +120,27 @@ def make_batch(
     texts=np.arange(b * k, dtype=np.int32),
     known=known,
   )
+  if together:
+    p, q = make_together(passages, queries, 2 * lp, units, lp, lq)
+    batch = dataclasses.replace(batch, queries=q, passages=p)
   return jax.tree.map(jax.numpy.asarray, batch)
+
+
+def make_together(passages, queries, wide: int, units: int, lp: int, lq: int) -> tuple[Rows, Rows]:
+  """Passages and queries packed in the same rows of so many units."""
+  from ernie_jax import batches, templates
+
+  sizes = [np.array([len(text) + 2 for text in texts]) for texts in (passages, queries)]
+  each = [np.split(own, units) for own in sizes]
+  count = len(passages) // units
+  places = [batches.first_fit(np.concatenate(own), wide, count) for own in zip(*each, strict=True)]
+  apart = [np.split(own, [len(passages) // units]) for own in places]
+  p, q = (np.concatenate(own) for own in zip(*apart, strict=True))
+  laid = {"units": units, "count": count}
+  return templates.together(
+    templates.rows([[x] for x in passages], wide, Ids, places=p, longest=lp, **laid),
+    templates.rows([[x] for x in queries], wide, Ids, places=q, longest=lq, **laid),
+  )
 
 
 SLOW = ("test_recipe", "test_train", "test_step", "test_ablate", "test_checkpoints")

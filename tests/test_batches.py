@@ -37,8 +37,8 @@ def texts():
   )
 
 
-def make(texts, data=DATA, train=TRAIN, seed=0, rows=None):
-  return batches.batches(texts, data, train, seed, batches.layout(data, train, 1, texts), rows)
+def make(texts, data=DATA, train=TRAIN, seed=0, rows=None, tied=True):
+  return batches.batches(texts, data, train, seed, batches.layout(data, train, 1, texts, tied), rows)
 
 
 def take(iterator, count):
@@ -139,13 +139,16 @@ def test_packed_equals_padded(tiny_params):
   peers = config.Weights(margin_mse=1, kl_listwise=1, kl_bidirectional=1, virt=1)
   train = config.Train(batch=8, negatives=2, weights=peers, late_pool="global")
   found = []
-  for devices, chunk, units, recompute in ((1, None, 0, True), (2, 2, 4, True), (1, 2, 4, False)):
+  packed = (2, 2, 4, True), (1, 2, 4, False)
+  kinds = [(1, None, 0, True, False), *((*kind, together) for kind in packed for together in (False, True))]
+  for devices, chunk, units, recompute, together in kinds:
     settings = dataclasses.replace(train, chunk=chunk, recompute=recompute)
     grid = mesh.make(jax.devices()[:devices])
     with jax.set_mesh(grid):
       loss = lambda p, b, settings=settings: step.loss(p, b, model, settings, jax.random.key(3))
-      batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units)), grid)
-      lengths = [rows.tokens.shape[1] for rows in (batch.queries, batch.passages)]
+      batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units, together=together)), grid)
+      assert (batch.queries.tokens is None) == together
+      lengths = [rows.tokens.shape[1] for rows in (batch.queries if not together else batch.passages, batch.passages)]
       assert (lengths[0] == lengths[1]) == (units > 0)  # packed, both go through the encoder together
       found.append(jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(mesh.whole(params, grid), batch)))
   ((_, padded), padded_gradient), *others = found
@@ -193,24 +196,32 @@ PACKED = dataclasses.replace(DATA, pack=24)
 PARTS = ("queries", "passages", "pairs")
 
 
-def test_packed_batches_hold_what_padded_ones_hold(texts):
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_batches_hold_what_padded_ones_hold(texts, tied):
   """Every example once an epoch, its tokens those of the padded batch; none is lost where it had to wait."""
   train = dataclasses.replace(TRAIN, batch=8, chunk=4)
-  shape = batches.layout(PACKED, train, 1, texts)
+  shape = batches.layout(PACKED, train, 1, texts, tied)
   assert shape.unit == 4
-  iterator, state = make(texts, PACKED, train), []
+  assert shape.together == tied
+  iterator, state = make(texts, PACKED, train, tied=tied), []
   seen = []
   for batch in (next(iterator) for _ in range(23)):
     state.append(iterator.get_state())
     for tower, longest in (("queries", 8), ("passages", 10), ("pairs", 17)):
       rows = getattr(batch, tower)
-      assert rows.tokens.shape == shape.rows(8)[tower]
       assert rows.longest == longest
+      if tower == "queries" and tied:
+        assert rows.tokens is rows.segments is None
+      else:
+        assert rows.tokens.shape == shape.rows(8)[tower]
+    queries, before = (batch.passages, 12) if tied else (batch.queries, 0)  # texts of a unit before its queries
     for i, known in enumerate(batch.known[:, 0].tolist()):
-      take = lambda rows, j, per: rows.tokens.reshape(2, -1)[j // per][
-        rows.segments.reshape(2, -1)[j // per] == 1 + j % per
+      take = lambda rows, j, per, before=0: rows.tokens.reshape(2, -1)[j // per][
+        rows.segments.reshape(2, -1)[j // per] == 1 + before + j % per
       ]
-      query = take(batch.queries, i, 4).tolist()
+      query = take(queries, i, 4, before).tolist()
+      begin = batch.queries.starts[i]
+      assert queries.tokens.reshape(2, -1)[i // 4][begin : begin + len(query)].tolist() == query
       assert query == [2, *texts.queries[known].tolist()[:6], 3]
       for j in range(3 * i, 3 * i + 3):
         passage, pair = take(batch.passages, j, 12).tolist(), take(batch.pairs, j, 12).tolist()
@@ -229,7 +240,10 @@ def test_packed_batches_hold_what_padded_ones_hold(texts):
 def test_rows_are_a_whole_number_of_packs(texts):
   """Those of a tower whose texts may be longer than one are two, here of pairs: 17 tokens."""
   for pack, length in ((10, {"queries": 10, "passages": 10, "pairs": 20}), (17, dict.fromkeys(PARTS, 17))):
-    assert batches.layout(dataclasses.replace(DATA, pack=pack), TRAIN, 1, texts).length == length
+    data = dataclasses.replace(DATA, pack=pack)
+    assert batches.layout(data, TRAIN, 1, texts, tied=False).length == length
+    together = batches.layout(data, TRAIN, 1, texts)
+    assert together.length == {tower: length[tower] for tower in ("passages", "pairs")}
 
 
 def test_packed_hosts_make_their_units_of_one_global_batch_and_go_on_where_one_stopped(texts):
@@ -264,7 +278,9 @@ def test_a_unit_has_room_for_the_largest_example_beside_small_ones(texts):
   for unit in (2, 8):
     train = dataclasses.replace(TRAIN, chunk=unit)
     shape = batches.layout(PACKED, train, 1, texts)
-    small = {"queries": np.full(1, 5), "passages": np.full(3, 8), "pairs": np.full(3, 10)}
-    largest = {"queries": np.full(1, 8), "passages": np.full(3, 10), "pairs": np.full(3, 17)}
+    small, largest = (
+      batches.by_tower(*(np.full(n, x) for n, x in zip((1, 3, 3), own, strict=True)), together=True)
+      for own in ((5, 8, 10), (8, 10, 17))
+    )
     chosen = [batches.Example(n, n, np.zeros(3, int), small if n else largest) for n in range(unit)]
     assert batches.fit(chosen, {tower: (n, shape.length[tower]) for tower, n in shape.count.items()})[1] is None

@@ -228,11 +228,14 @@ def test_packed_rows_are_as_many_as_texts_of_such_lengths_need():
   layouts = (None, batches.layout(settings.data, train, 1, plan.typical(11, 80)))
   with jax.set_mesh(one):
     rows = [plan.arguments(settings, train, one, own)[1].passages.tokens.shape for own in layouts]
-  assert rows[0] == (512, 128)
+  assert rows[0] == (512 + 16, 128)  # and four queries of 32 in a row
   assert rows[1][1] == 128
   assert 512 * 79 / 128 < rows[1][0] < 1.1 * 512 * 79 / 128
-  few = batches.layout(settings.data, dataclasses.replace(train, batch=22), 1, plan.typical(10.6, 80))
-  assert few.count["queries"] == 2  # 233 tokens on average: two rows are enough for nearly all
+  few = dataclasses.replace(train, batch=22), 1, plan.typical(10.6, 80)
+  apart, together = (batches.layout(settings.data, *few, tied=tied) for tied in (False, True))
+  assert apart.count["queries"] == 2  # 233 tokens on average: two rows are enough for nearly all
+  # Beside passages there is room for nearly all of them.
+  assert together.count["passages"] < apart.count["passages"] + apart.count["queries"]
   lengths = plan.typical(11, 80).passages.lengths
   np.testing.assert_allclose(lengths.mean() + 2, 80, rtol=0.02)
   np.testing.assert_allclose(np.percentile(lengths, 99), 2.3 * 78, rtol=0.05)  # gamma of shape 5

@@ -128,8 +128,15 @@ def test_one_pass_over_queries_and_passages_equals_two(tiny_params, units, copie
     return tuple(scores.embed(student, model, *x, **settings) for x in zip(rows, noise, (True, False)))
 
   student = params["student"]
-  both = jax.jit(lambda student: scores.embed_both(student, model, rows, seeds, numbers, **settings))
-  for found, expected in zip(both(student), jax.jit(apart)(student), strict=True):
+  one_pass = lambda rows: jax.jit(lambda student: scores.embed_both(student, model, rows, seeds, numbers, **settings))
+  both = one_pass(rows)
+  ways = [both(student)]
+  if units:
+    mixed = make_batch(lq=6, lp=9, units=units, together=True)
+    assert mixed.queries.tokens is None
+    ways.append(one_pass((mixed.queries, mixed.passages))(student))
+  expected_both = jax.jit(apart)(student)
+  for found, expected in ((own, other) for way in ways for own, other in zip(way, expected_both, strict=True)):
     there = np.asarray(expected.mask)
     for name in ("vector", "twin"):
       if getattr(expected, name) is not None:
