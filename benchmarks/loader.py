@@ -3,8 +3,9 @@
   python benchmarks/loader.py                                  (docstrings of the installed packages)
   python benchmarks/loader.py --name jsonl --folder DIR        (DIR as benchmarks/corpora.py writes it)
 
-Lists of 8 from the token store; the vocabulary is built from the corpus. Beside the rates, what one H200 needs: model
-FLOPs of the cascade with an ERNIE-base student and cross-encoder, at the 790 TFLOP/s that its matrix products reach.
+Lists of 8 from the token store; the vocabulary is built from the corpus. Packed queries stand in the rows of passages,
+and count there. Beside the rates, what one H200 needs: model FLOPs of the cascade with an ERNIE-base student and
+cross-encoder, at the 790 TFLOP/s that its matrix products reach.
 """
 
 import argparse
@@ -37,7 +38,8 @@ def measure(texts: batches.Texts, data: config.Data, train: config.Train, turns:
   waiting = len(iterator.get_state()["waiting"])
   work = cost.flops(BASE, BASE, config.Model(), train, data, layout.rows(train.batch))
   need = PEAK / work * train.batch * (1 + train.negatives)
-  shares = [f"{100 * real / all_:5.1f}" for real, all_ in tally.values()]
+  share = lambda tower: f"{100 * tally[tower][0] / tally[tower][1]:5.1f}" if tower in tally else "-"
+  shares = [share(tower) for tower in ("queries", "passages", "pairs")]
   unit = str(layout.unit) if layout.packed else "-"
   return [str(data.pack or "-"), unit, *shares, f"{rate:,.0f}", f"{cpu:,.0f}", f"{need:,.0f}", str(waiting)]
 
@@ -54,8 +56,9 @@ def bound(sizes: np.ndarray, length: int) -> int:
 
 
 def limits(texts: batches.Texts, data: config.Data, packs: list[int]) -> None:
-  """The largest share of real tokens that 8,192 texts packed as one allow, and what first-fit reaches."""
-  rng, size = np.random.default_rng(0), batches.sizes(texts, data)
+  """The largest share of real tokens that 8,192 passages with their queries, or pairs, packed as one allow, and what
+  first-fit reaches."""
+  rng, size = np.random.default_rng(0), batches.sizes(texts, data, together=True)
   drawn = [size(i, batches.choose(texts, i, 7, rng)) for i in rng.integers(len(texts.queries), size=1024).tolist()]
   for pack, (tower, longest) in itertools.product(
     packs, (("passages", data.passage_length), ("pairs", data.pair_length))
