@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from ernie_jax import batches, mesh, scores, step
+from ernie_jax import batches, mesh, scores, step, templates
 from ernie_jax.config import Architecture, Data, Model, Train
 from ernie_jax.encoder import Rows
 
@@ -44,11 +44,17 @@ class Texts:
     return found | ({"pairs": (self.pairs, d.pair_length)} if self.train.needs_cross else {})
 
   def batch(self, pack: int | None = None) -> scores.Batch:
-    """A row for each text, or rows of `pack` tokens that hold several."""
+    """A row for each text, or rows of `pack` tokens that hold several, queries beside passages."""
     made = {
       tower: rows(texts, self.seconds if tower == "pairs" else None, longest, pack)
       for tower, (texts, longest) in self.towers.items()
     }
+    if pack is not None and "queries" in made:
+      both, count = [*self.passages, *self.queries], len(self.passages)
+      places = laid(both, pack)
+      p = rows(self.passages, None, self.data.passage_length, pack, places[:count], int(places.max()) // pack + 1)
+      q = rows(self.queries, None, self.data.query_length, pack, places[count:], int(places.max()) // pack + 1)
+      made["passages"], made["queries"] = templates.together(p, q)
     size = 1 + self.train.negatives
     return scores.Batch(
       **made,
@@ -66,12 +72,26 @@ class Texts:
     return sum(own for own, _ in found) / sum(whole for _, whole in found)
 
 
-def rows(texts: Sequence[np.ndarray], seconds: Sequence[int] | None, longest: int, pack: int | None) -> Rows:
-  sizes = np.array([len(text) for text in texts])
-  length = longest if pack is None else -(-longest // pack) * pack
-  places = np.arange(len(texts)) * length if pack is None else batches.first_fit(sizes, length, len(texts))
+def laid(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
+  """Where texts begin in rows of that length."""
+  places = batches.first_fit(np.array([len(text) for text in texts]), length, len(texts))
   assert places is not None
-  count = int(places.max()) // length + 1
+  return places
+
+
+def rows(
+  texts: Sequence[np.ndarray],
+  seconds: Sequence[int] | None,
+  longest: int,
+  pack: int | None,
+  places: np.ndarray | None = None,
+  count: int = 0,
+) -> Rows:
+  """Texts as rows; packed, at their places in `count` rows, by default in as few as may be."""
+  length = longest if pack is None else -(-longest // pack) * pack
+  if places is None:
+    places = np.arange(len(texts)) * length if pack is None else laid(texts, length)
+    count = int(places.max()) // length + 1
   tokens, segments, positions, types = (np.zeros(count * length, np.int32) for _ in range(4))
   for i, (text, place) in enumerate(zip(texts, places)):
     own = slice(place, place + len(text))
