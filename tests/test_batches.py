@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from conftest import distance, make_batch
+from conftest import TINY, distance, make_batch
 
 from ernie_jax import batches, columns, config, mesh, scores, step, tokens
 from ernie_jax.config import UserError
@@ -157,6 +157,35 @@ def test_packed_equals_padded(tiny_params):
     for term in padded:
       np.testing.assert_allclose(packed[term], padded[term], rtol=1e-5, atol=1e-6, err_msg=term)
     assert distance(packed_gradient, padded_gradient) < 1e-5
+
+
+@pytest.mark.parametrize(("tied", "pooling"), [(True, "cls"), (True, "mean"), (False, "cls")])
+def test_packed_texts_with_markers_and_masks_give_the_terms_of_padded_ones(texts, tied, pooling):
+  """From the token store to every term, with dropout; queries with unread [MASK]s, beside passages or not."""
+  data = dataclasses.replace(DATA, markers=True, augment=True, query_length=7)
+  packed = dataclasses.replace(data, pack=24)
+  train = dataclasses.replace(TRAIN, batch=4, late_pool="global")
+  model = config.Model(late_width=8, tied=tied, pooling=pooling)
+  a = dataclasses.replace(TINY, vocabulary=len(texts.tokenizer), special=texts.tokenizer.special, layers=1)
+  params, rng = step.init_params(model, a, a, jax.random.key(0)), np.random.default_rng(0)
+  shape = batches.layout(packed, train, 1, texts, tied)
+  size, chosen = batches.sizes(texts, packed, shape.together), []
+  for number, query in enumerate((0, 4, 7, 9)):
+    own = batches.choose(texts, query, train.negatives, rng)
+    chosen.append(batches.Example(number, query, own, size(query, own)))
+  places, full = batches.fit(chosen, {tower: (count + 3, shape.length[tower]) for tower, count in shape.count.items()})
+  assert full is None
+  room = dataclasses.replace(shape, count={tower: count + 3 for tower, count in shape.count.items()})
+  terms = []
+  for way, layout, where in ((data, batches.layout(data, train, 1, texts, tied), None), (packed, room, places)):
+    batch = batches.gather([batches.Unit(chosen, where)], texts, way, layout, 2)
+    grid = mesh.make(jax.devices()[:1])
+    with jax.set_mesh(grid):
+      one = lambda p, b: step.loss(p, b, model, train, jax.random.key(3))[1]
+      terms.append(jax.device_get(jax.jit(one)(mesh.whole(params, grid), mesh.shard(batch, grid))))
+  assert set(terms[0]) == train.weights.active
+  for term in terms[0]:
+    np.testing.assert_allclose(terms[1][term], terms[0][term], rtol=1e-5, atol=1e-6, err_msg=term)
 
 
 def test_packed_mean_pooling_equals_padded(tiny_params):
