@@ -50,7 +50,8 @@ def begun() -> tuple[recipe.Run, recipe.Begun]:
 def lists(current: recipe.Run, split: str, negatives: columns.Ragged, seed: int) -> list[scores.Batch]:
   """Batches of a split, as the cascade draws them."""
   texts, stage = recipe.texts_of(current, split, negatives), full.cascade
-  drawn = batches.batches(texts, full.data, stage, seed, batches.layout(full.data, stage, jax.device_count(), texts))
+  layout = batches.layout(full.data, stage, jax.device_count(), texts, full.model.tied)
+  drawn = batches.batches(texts, full.data, stage, seed, layout)
   return [mesh.shard(next(drawn), mesh.make()) for _ in range(chosen.batches)]
 
 

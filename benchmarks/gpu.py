@@ -79,7 +79,7 @@ def encoders(model: Model, a: Architecture, texts: steps.Texts) -> dict[str, Any
   params = mesh.whole(steps.parameters(model, a, a), mesh.make(jax.devices()[:1]))
   embed = jax.jit(lambda params, rows: scores.embed(params["student"], model, rows, None, False, late=False).vector)
   packs = {"ours, padded": None, "ours, packed": PACK}
-  made = {side: steps.rows(texts.passages, None, DATA.passage_length, pack) for side, pack in packs.items()}
+  made = {side: steps.rows(texts.passages, DATA.passage_length, pack) for side, pack in packs.items()}
   rows = jax.tree.map(jnp.asarray, made)
   found = {side: (lambda own=own: np.asarray(embed(params, own))) for side, own in rows.items()}
   if importlib.util.find_spec("torch"):

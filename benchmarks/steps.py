@@ -45,16 +45,17 @@ class Texts:
 
   def batch(self, pack: int | None = None) -> scores.Batch:
     """A row for each text, or rows of `pack` tokens that hold several, queries beside passages."""
-    made = {
-      tower: rows(texts, self.seconds if tower == "pairs" else None, longest, pack)
-      for tower, (texts, longest) in self.towers.items()
-    }
-    if pack is not None and "queries" in made:
-      both, count = [*self.passages, *self.queries], len(self.passages)
-      places = laid(both, pack)
-      p = rows(self.passages, None, self.data.passage_length, pack, places[:count], int(places.max()) // pack + 1)
-      q = rows(self.queries, None, self.data.query_length, pack, places[count:], int(places.max()) // pack + 1)
-      made["passages"], made["queries"] = templates.together(p, q)
+    made = {}
+    for tower, (texts, longest) in self.towers.items():
+      if pack is None or tower == "pairs":
+        made[tower] = rows(texts, longest, pack, self.seconds if tower == "pairs" else None)
+    if pack is not None and "queries" in self.towers:
+      d, count = self.data, len(self.passages)
+      places, shape = laid([*self.passages, *self.queries], max(d.passage_length, d.query_length), pack)
+      p = placed(self.passages, d.passage_length, places[:count], shape)
+      made["passages"], made["queries"] = templates.beside(
+        p, placed(self.queries, d.query_length, places[count:], shape)
+      )
     size = 1 + self.train.negatives
     return scores.Batch(
       **made,
@@ -72,35 +73,39 @@ class Texts:
     return sum(own for own, _ in found) / sum(whole for _, whole in found)
 
 
-def laid(texts: Sequence[np.ndarray], length: int) -> np.ndarray:
-  """Where texts begin in rows of that length."""
+def rows(texts: list[np.ndarray], longest: int, pack: int | None, seconds: Sequence[int] | None = None) -> Rows:
+  """A row for each text, or rows of `pack` tokens, or of so many times that as the longest needs."""
+  if pack is not None:
+    return placed(texts, longest, *laid(texts, longest, pack), seconds)
+  places = np.arange(len(texts)) * longest
+  made = placed(texts, longest, places, (len(texts), longest), seconds)
+  return Rows(made.tokens, np.sign(made.segments), made.positions, made.types)
+
+
+def laid(texts: list[np.ndarray], longest: int, pack: int) -> tuple[np.ndarray, tuple[int, int]]:
+  """Where texts begin in packed rows laid end to end, and how many rows of how many tokens these are."""
+  length = -(-longest // pack) * pack
   places = batches.first_fit(np.array([len(text) for text in texts]), length, len(texts))
   assert places is not None
-  return places
+  return places, (int(places.max()) // length + 1, length)
 
 
-def rows(
-  texts: Sequence[np.ndarray],
-  seconds: Sequence[int] | None,
+def placed(
+  texts: list[np.ndarray],
   longest: int,
-  pack: int | None,
-  places: np.ndarray | None = None,
-  count: int = 0,
+  places: np.ndarray,
+  shape: tuple[int, int],
+  seconds: Sequence[int] | None = None,
 ) -> Rows:
-  """Texts as rows; packed, at their places in `count` rows, by default in as few as may be."""
-  length = longest if pack is None else -(-longest // pack) * pack
-  if places is None:
-    places = np.arange(len(texts)) * length if pack is None else laid(texts, length)
-    count = int(places.max()) // length + 1
-  tokens, segments, positions, types = (np.zeros(count * length, np.int32) for _ in range(4))
+  """Packed rows, the texts at their places."""
+  tokens, segments, positions, types = (np.zeros(shape[0] * shape[1], np.int32) for _ in range(4))
   for i, (text, place) in enumerate(zip(texts, places)):
     own = slice(place, place + len(text))
-    tokens[own], segments[own], positions[own] = text, 1 if pack is None else i + 1, np.arange(len(text))
+    tokens[own], segments[own], positions[own] = text, i + 1, np.arange(len(text))
     if seconds is not None:
       types[place + seconds[i] : place + len(text)] = 1
-  arrays = [x.reshape(count, length) for x in (tokens, segments, positions, types)]
-  packed = {} if pack is None else {"starts": places.astype(np.int32), "unit": len(texts), "longest": longest}
-  return Rows(*arrays, **packed)
+  arrays = [x.reshape(shape) for x in (tokens, segments, positions, types)]
+  return Rows(*arrays, starts=places.astype(np.int32), unit=len(texts), longest=longest)
 
 
 class Runner:

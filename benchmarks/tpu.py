@@ -32,7 +32,7 @@ STEPS = {
 
 def useful(settings: Config, train: Train, texts: batches.Texts) -> float:
   """Model FLOPs of a step if each text were a row of its own length."""
-  size, rng = batches.sizes(texts, settings.data), np.random.default_rng(0)
+  size, rng = batches.sizes(texts, settings.data, together=False), np.random.default_rng(0)
   drawn = [size(i, batches.choose(texts, i, train.negatives, rng)) for i in range(1024)]
   mean = {tower: np.concatenate([own[tower] for own in drawn]).mean() for tower in batches.used(train)}
   number = {tower: train.batch * (1 if tower == "queries" else 1 + train.negatives) for tower in mean}

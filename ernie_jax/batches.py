@@ -1,7 +1,8 @@
 """Examples as integers into a token store, drawn with Grain, and batches of fixed shape gathered from them.
 
 Packed (`data.pack`), a row holds several texts: a device's part of a batch, or a chunk of it, is a unit with a fixed
-number of rows. An example that does not fit its unit waits for the next one, and is first in line there.
+number of rows. Queries stand beside passages, where one encoder reads both. An example that does not fit its unit waits
+for the next one, and is first in line there.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ernie_jax.columns import Ragged
 from ernie_jax.config import UserError
 from ernie_jax.masking import Masking, Plain
 from ernie_jax.scores import Batch
-from ernie_jax.templates import Template, together
+from ernie_jax.templates import Template, beside
 from ernie_jax.tokens import Tokenizer
 
 PATIENCE = 4  # times as many examples as a unit holds are looked at before it takes the smallest
@@ -251,9 +252,7 @@ def by_tower(query: np.ndarray, passages: np.ndarray, pairs: np.ndarray, togethe
   return {"queries": query, "passages": passages, "pairs": pairs}
 
 
-def sizes(
-  texts: Texts, data: config.Data, together: bool = False
-) -> Callable[[int, np.ndarray], dict[str, np.ndarray]]:
+def sizes(texts: Texts, data: config.Data, together: bool) -> Callable[[int, np.ndarray], dict[str, np.ndarray]]:
   """A function: tokens that an example (query row, passage rows) takes, `by_tower`."""
   template = Template(texts.tokenizer, data)
   queries, passages = texts.queries.offsets, texts.passages.offsets
@@ -282,19 +281,20 @@ def gather(units: Sequence[Unit], texts: Texts, data: config.Data, shape: Layout
   places: dict[str, np.ndarray] = {}
   for tower in shape.count if shape.packed else ():
     places[tower] = np.concatenate([unit.places[tower] for unit in units if unit.places is not None])
+  counts, lengths = shape.count, shape.length
   if shape.together:
-    every = places["passages"].reshape(len(queries), lists + 1)
-    places |= {"passages": every[:, :-1].ravel(), "queries": every[:, -1]}
+    by_example = places["passages"].reshape(len(queries), lists + 1)  # the query's is the last, as in `by_tower`
+    places |= {"passages": by_example[:, :-1].ravel(), "queries": by_example[:, -1]}
+    counts, lengths = (own | {"queries": own["passages"]} for own in (counts, lengths))
 
   def placed(tower: str, longest: int) -> dict[str, Any]:
-    rows_of = "passages" if tower == "queries" and shape.together else tower
-    own: dict[str, Any] = {"length": shape.length[rows_of]}
     if not shape.packed:
-      return own
-    return own | {
+      return {"length": lengths[tower]}
+    return {
+      "length": lengths[tower],
       "places": places[tower],
       "units": len(units),
-      "count": shape.count[rows_of],
+      "count": counts[tower],
       "longest": longest,
     }
 
@@ -306,7 +306,7 @@ def gather(units: Sequence[Unit], texts: Texts, data: config.Data, shape: Layout
     made["queries"] = template.queries(queries, **placed("queries", data.query_length))
     made["passages"] = template.passages(passages, **placed("passages", data.passage_length))
   if shape.together:
-    made["passages"], made["queries"] = together(made["passages"], made["queries"])
+    made["passages"], made["queries"] = beside(made["passages"], made["queries"])
   return Batch(**made, texts=texts.identity[np.concatenate([e.passages for e in examples])], known=table)
 
 

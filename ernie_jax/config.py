@@ -115,8 +115,8 @@ class Data:
   template: Literal["bert", "rocketqa"] = "bert"  # a passage: "title: text"; or title [SEP] text, the text of type 1
   markers: bool = False  # ColBERT: [unused0] after a query's [CLS], [unused1] after a passage's
   augment: bool = False  # ColBERT: queries filled up with [MASK], which late interaction scores and no token reads
-  # Tokens of a row that holds several texts, in training; twice, ... as many where a text may have more, as pairs do;
-  # None: a row for each text.
+  # Tokens of a row that holds several texts, in training; twice, ... as many where a text may have more, as pairs do.
+  # Queries stand beside passages, where `model.tied`. None: a row for each text.
   pack: int | None = None
 
   def __post_init__(self):

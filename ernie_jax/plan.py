@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -389,13 +390,6 @@ def held(tree: Any) -> int:
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def remedies(model: config.Model, train: config.Train, stage: str) -> str:
-  """What would need less memory, of what is not in use yet."""
-  ways = step.less_memory(model, train, stage)
-  ways += ["--model.dtype bfloat16"] * (model.dtype != "bfloat16") + [f"a smaller --{stage}.batch"] * (train.batch > 1)
-  return ", ".join(ways) + ", or more chips"
-
-
 @contextlib.contextmanager
 def telling(label: str, every: float = 30.0) -> Iterator[None]:
   """Says that it is still compiling, now and then: the compiler gives no sign for minutes."""
@@ -455,7 +449,8 @@ def plan(settings: Config, stage: Stage, topology: str, texts: batches.Texts | N
       raise DoesNotFit(
         f"{topology}: the {stage} step needs {needed:.2f} of {there:.2f} GiB on each chip (parameters "
         f"{held(state.params) / GIB:.2f}, optimizer state {held(state.optimizer) / GIB:.2f}); try "
-        + remedies(settings.model, train, stage)
+        + ", ".join(itertools.chain(*step.less_memory(settings.model, train, stage, chips, layout.packed)))
+        + ", or more chips"
       ) from error
   hlo = compiled.as_text()
   found, entry = computations(hlo)

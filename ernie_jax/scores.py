@@ -211,8 +211,12 @@ def embed_both(
   """
   noise = partial(of_texts, seeds)
   queries, passages = rows
-  kind = lambda own: (own.tokens.shape[1], own.starts is None, own.lead)
-  if student.query_encoder is not None or (queries.tokens is not None and kind(queries) != kind(passages)):
+  beside, apart = queries.tokens is None, student.query_encoder is not None
+  if beside and apart:
+    raise ValueError(
+      "packed queries stand in the rows of passages, but have an encoder of their own: a layout not tied"
+    )
+  if apart or not (beside or queries.tokens.shape[1] == passages.tokens.shape[1]):
     q, p = (embed(student, model, *one, **settings) for one in zip(rows, map(noise, numbers), (True, False)))
     return q, p
   both = joined(passages, queries)

@@ -170,15 +170,20 @@ def divides(train: config.Train, devices: int) -> None:
     raise config.UserError(f"batch={train.batch}: does not divide over {split}; use {good}{other}")
 
 
-def less_memory(model: config.Model, train: config.Train, stage: str) -> list[str]:
-  """Flags of what would need less memory and give the same result, but for rounding, where it is not in use yet."""
-  ways = [
-    (train.chunk is None, f"--{stage}.chunk 8"),
-    (not train.recompute, f"--{stage}.recompute"),
-    (train.recompute and (train.chunk or 1) > 1, f"a smaller --{stage}.chunk"),
-    (not model.remat, "--model.remat"),
-  ]
-  return [way for useful, way in ways if useful]
+def less_memory(
+  model: config.Model, train: config.Train, stage: str, devices: int, packed: bool
+) -> tuple[list[str], list[str]]:
+  """Flags of what would need less memory and is not in use yet.
+
+  First those that a run may go on with, since they change results by rounding alone; then those of another run.
+  """
+  held, each = train.chunk is not None and not train.recompute, train.batch // devices
+  smaller = [size for size in range(1, train.chunk or each) if each % size == 0 and not held]
+  chunk = [f"--{stage}.chunk {smaller[-1]}"] if smaller else []
+  same = [] if packed else chunk  # a chunk's texts are packed together
+  same += [f"--{stage}.recompute"] * held + ["--model.remat"] * (not model.remat)
+  other = (chunk if packed else []) + ["--model.dtype bfloat16"] * (model.dtype != "bfloat16")
+  return same, other + [f"a smaller --{stage}.batch"] * (each > 1)
 
 
 def done(number: Int[Array, ""] | int, train: config.Train) -> Float[Array, ""] | float:

@@ -65,7 +65,7 @@ def rows(
   return Rows(**{name: x.reshape(total, length) for name, x in laid.items()}, **packed, lead=lead)
 
 
-def together(own: Rows, others: Rows) -> tuple[Rows, Rows]:
+def beside(own: Rows, others: Rows) -> tuple[Rows, Rows]:
   """Packed rows as one, of which each leave free what the others fill; and the others, now without rows of their own.
 
   In each unit the others' texts are segments after the own ones (`encoder.joined`).

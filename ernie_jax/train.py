@@ -113,6 +113,7 @@ def train(
   grid = mesh.make()
   step.divides(stage, grid.devices.size)
   layout = batches.layout(data, stage, grid.devices.size, texts, model.tied)
+  ways = step.less_memory(model, stage, directory.name, grid.devices.size, layout.packed)
   read = lambda texts: batches.batches(texts, data, stage, seed, layout, mesh.share(grid, stage.batch))
   iterator = read(texts)
   key = jax.random.fold_in(jax.random.key(seed), 0x7EA)  # not the key that made the parameters
@@ -143,7 +144,7 @@ def train(
       def read_logs(number: int, batch: Batch, logs: dict[str, jax.Array]) -> tuple[int, dict, dict]:
         """A step's number, terms and speed; waits for it."""
         nonlocal read_at
-        with _room(directory.name, model, stage):
+        with _room(directory.name, *ways):
           terms = {name: float(x) for name, x in jax.device_get(logs).items()}
         _warn(directory, stage, number, terms)
         seconds, read_at = time.monotonic() - read_at, time.monotonic()
@@ -178,7 +179,7 @@ def train(
           iterator.set_state(position)  # the same examples, with other negatives
           read_at = time.monotonic()
         batch = next(iterator)
-        with _room(directory.name, model, stage):
+        with _room(directory.name, *ways):
           state, logs = train_step(state, mesh.shard(batch, grid), key)
         if unread is not None:
           write(*read_logs(*unread), {})
@@ -211,17 +212,15 @@ def train(
 
 
 @contextlib.contextmanager
-def _room(name: str, model: config.Model, stage: config.Train) -> Iterator[None]:
-  """Says what to do where the device's memory is too small."""
+def _room(name: str, same: list[str], other: list[str]) -> Iterator[None]:
+  """Says what to do where the device's memory is too small: what a run may go on with, and what asks for a new one."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    ways = [*step.less_memory(model, stage, name), f"a smaller --{name}.batch"]
-    raise UserError(
-      f"{name}: the device's memory is too small for batch={stage.batch}; try {', '.join(ways)}"
-    ) from error
+    ways = [", ".join(same), f"{', '.join(other)} in a new run" if other else ""]
+    raise UserError(f"{name}: the device's memory is too small; try {', or '.join(filter(None, ways))}") from error
 
 
 def _warn(directory: Path, stage: config.Train, number: int, terms: dict[str, float]) -> None:

@@ -137,7 +137,7 @@ def make_together(passages, queries, wide: int, units: int, lp: int, lq: int) ->
   apart = [np.split(own, [len(passages) // units]) for own in places]
   p, q = (np.concatenate(own) for own in zip(*apart, strict=True))
   laid = {"units": units, "count": count}
-  return templates.together(
+  return templates.beside(
     templates.rows([[x] for x in passages], wide, Ids, places=p, longest=lp, **laid),
     templates.rows([[x] for x in queries], wide, Ids, places=q, longest=lq, **laid),
   )

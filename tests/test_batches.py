@@ -148,8 +148,9 @@ def test_packed_equals_padded(tiny_params):
       loss = lambda p, b, settings=settings: step.loss(p, b, model, settings, jax.random.key(3))
       batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units, together=together)), grid)
       assert (batch.queries.tokens is None) == together
-      lengths = [rows.tokens.shape[1] for rows in (batch.queries if not together else batch.passages, batch.passages)]
-      assert (lengths[0] == lengths[1]) == (units > 0)  # packed, both go through the encoder together
+      if not together:
+        lengths = [rows.tokens.shape[1] for rows in (batch.queries, batch.passages)]
+        assert (lengths[0] == lengths[1]) == (units > 0)  # packed, both go through the encoder in one pass
       found.append(jax.device_get(jax.jit(jax.value_and_grad(loss, has_aux=True))(mesh.whole(params, grid), batch)))
   ((_, padded), padded_gradient), *others = found
   assert set(padded) == train.weights.active
@@ -275,14 +276,15 @@ def test_rows_are_a_whole_number_of_packs(texts):
     assert together.length == {tower: length[tower] for tower in ("passages", "pairs")}
 
 
-def test_packed_hosts_make_their_units_of_one_global_batch_and_go_on_where_one_stopped(texts):
+@pytest.mark.parametrize("tied", [True, False])
+def test_packed_hosts_make_their_units_of_one_global_batch_and_go_on_where_one_stopped(texts, tied):
   train = dataclasses.replace(TRAIN, chunk=2)
-  whole = make(texts, PACKED, train)
+  whole = make(texts, PACKED, train, tied=tied)
   take(whole, 3)
   position = whole.get_state()
   expected = take(whole, 3)
   for first in (0, 4):
-    host = make(texts, PACKED, train, rows=np.arange(first, first + 4))
+    host = make(texts, PACKED, train, rows=np.arange(first, first + 4), tied=tied)
     host.set_state(position)
     for own, batch in zip(take(host, 3), expected, strict=True):
       for part, all_ in zip(jax.tree.leaves(own), jax.tree.leaves(batch), strict=True):
@@ -302,13 +304,14 @@ def test_long_examples_wait_and_none_for_ever():
     queue.unit(4, {"passages": (1, 24)})
 
 
-def test_a_unit_has_room_for_the_largest_example_beside_small_ones(texts):
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_unit_has_room_for_the_largest_example_beside_small_ones(texts, tied):
   """One that the trial did not meet must not stop the run."""
   for unit in (2, 8):
     train = dataclasses.replace(TRAIN, chunk=unit)
-    shape = batches.layout(PACKED, train, 1, texts)
+    shape = batches.layout(PACKED, train, 1, texts, tied)
     small, largest = (
-      batches.by_tower(*(np.full(n, x) for n, x in zip((1, 3, 3), own, strict=True)), together=True)
+      batches.by_tower(*(np.full(n, x) for n, x in zip((1, 3, 3), own, strict=True)), together=tied)
       for own in ((5, 8, 10), (8, 10, 17))
     )
     chosen = [batches.Example(n, n, np.zeros(3, int), small if n else largest) for n in range(unit)]

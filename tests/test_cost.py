@@ -78,6 +78,17 @@ def test_heads_follow_the_configuration():
   assert total(de, narrow) == 3 * (STUDENT + 2 * 4 * (2 + 6) * 1 + 2 * 1 * (6 + 2 * 6))
 
 
+def test_packed_queries_count_in_the_rows_of_passages():
+  """Two queries and six passages in rows of 12, as if all were the longest: three rows, and one of both queries."""
+  data = dataclasses.replace(DATA, pack=12)
+  train = dataclasses.replace(LIST, weights=Weights.only(nll_li=1))
+  shape = rows(train, data)
+  assert shape == {"passages": (4, 12)}
+  row = 12 * 2 * (2 * (4 * 16 + 2 * 32) + 4 * 12 * 4)
+  late = 4 * 12 * 2 * 4 * 3 + 6 * 2 * 4 * 6 * 3
+  assert cost.flops(SMALL, LARGE, MODEL, train, data, shape) == 3 * (4 * row + late)
+
+
 def test_recomputation_is_not_counted():
   weights = Weights.only(nll_ce=1, nll_li=1)
   assert total(weights) == total(weights, dataclasses.replace(MODEL, remat=True))

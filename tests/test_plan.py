@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import TINY, make_batch
 
-from ernie_jax import batches, mesh, plan, step, verbs
+from ernie_jax import batches, mesh, plan, step
 from ernie_jax.__main__ import main
 from ernie_jax.config import Architecture, Config, Data, Model, Train, UserError, Weights
 from ernie_jax.plan import Collective
@@ -256,21 +256,6 @@ def test_a_plan_reads_no_checkpoint():
   assert plan.architectures(Model()) == (Architecture(), Architecture())
   assert plan.architectures(Model(teacher_scratch=own)) == (Architecture(), own)
   assert plan.architectures(Model(start="a/b", scratch=own, teacher_scratch=Architecture())) == (own, own)
-
-
-def test_remedies_leave_out_what_is_in_use():
-  all_off = plan.remedies(Model(), Train(batch=8, negatives=1), "cascade")
-  assert "--model.remat" in all_off
-  assert "--model.dtype bfloat16" in all_off
-  assert "remat" not in plan.remedies(Model(remat=True), Train(batch=8, negatives=1), "cascade")
-  assert "recompute" not in all_off
-  held = Train(batch=8, negatives=1, chunk=4, recompute=False)
-  assert plan.remedies(Model(), held, "cascade").startswith("--cascade.recompute, --model.remat")
-  ways = f"{all_off}, {plan.remedies(Model(), held, 'cascade')}".split(", ")
-  flags = [way for way in ways if way.startswith("--")]
-  for flag in flags:  # as it stands there, each is one
-    verbs.parse(Config, "plan", flag.split(), default=Config())
-  assert len(flags) == 6
 
 
 SMALL = Config(

@@ -149,6 +149,9 @@ def test_one_pass_over_queries_and_passages_equals_two(tiny_params, units, copie
   other.query_encoder = student.encoder
   q, _ = both(other)
   np.testing.assert_allclose(q.vector, apart(student)[0].vector, rtol=1e-4, atol=1e-5)
+  if units:
+    with pytest.raises(ValueError, match="an encoder of their own"):
+      one_pass((mixed.queries, mixed.passages))(other)
 
 
 def test_mean_pooling_cosine_and_untied_towers():

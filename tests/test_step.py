@@ -115,7 +115,7 @@ def test_the_teacher_before_the_student_is_the_gradient_of_the_loss(
   else:
     grid = mesh.make(jax.devices()[:devices])
     with jax.set_mesh(grid):
-      batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units)), grid)
+      batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units, together=units > 0)), grid)
       if not train.on.needs_student:
         batch = batch.replace(queries=None, passages=None)  # as the warm-up's are
       first = jax.jit(lambda p, batch, at: step.gradient(p, batch, model, train, key, at))

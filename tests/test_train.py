@@ -13,7 +13,7 @@ import processes
 import pytest
 from conftest import TINY, distance, shared
 
-from ernie_jax import batches, columns, config, mesh, step, tokens
+from ernie_jax import batches, columns, config, mesh, step, tokens, verbs
 from ernie_jax import train as loop
 from ernie_jax.config import Interrupted, Optimizer, Train, UserError
 
@@ -114,6 +114,15 @@ def test_rates_count_every_token_that_is_computed(texts):
   student = dataclasses.replace(STAGE, weights=config.Weights.only(nll_de=1))
   batch = next(batches.batches(texts, DATA, student, 0, batches.layout(DATA, student, 8)))
   assert loop.rates(batch, student, 2.0, 1e9)["tokens_per_second"] == (passages + queries) / 2
+  packed = dataclasses.replace(DATA, pack=20)
+  shape = batches.layout(packed, student, 1, texts)
+  batch = next(batches.batches(texts, packed, student, 0, shape))
+  found = loop.rates(batch, student, 2.0, 1e9)  # queries stand in the rows of passages
+  assert found["tokens_per_second"] == shape.count["passages"] * 20 / 2
+  sizes = batches.sizes(texts, packed, together=False)
+  drawn = [sizes(int(row), np.array([row])) for row in range(20)]
+  shortest = sum(sorted(int(own["queries"].sum() + 2 * own["passages"].min()) for own in drawn)[:8])
+  assert shortest / (shape.count["passages"] * 20) <= found["real_tokens"] < 1
 
 
 class Killed(BaseException):
@@ -456,11 +465,26 @@ def test_ten_steps_without_a_finite_gradient_end_so_too_where_logs_are_read_late
 
 def test_a_device_s_full_memory_is_one_line_and_no_other_error_is():
   full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17.46GiB")
-  ways = r"try --warmup\.chunk 8, --model\.remat, a smaller --warmup\.batch"
-  with pytest.raises(UserError, match=f"memory is too small for batch=8; {ways}"), loop._room("warmup", MODEL, STAGE):
+  ways = step.less_memory(MODEL, STAGE, "warmup", 2, packed=False)
+  said = r"--warmup\.chunk 2, --model\.remat, or --model\.dtype bfloat16, a smaller --warmup\.batch in a new run"
+  with pytest.raises(UserError, match=f"memory is too small; try {said}$"), loop._room("warmup", *ways):
     raise full
-  held = dataclasses.replace(STAGE, chunk=4, recompute=False)
-  with pytest.raises(UserError, match=r"try --post\.recompute, --model"), loop._room("post", MODEL, held):
-    raise full
-  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), loop._room("warmup", MODEL, STAGE):
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), loop._room("warmup", *ways):
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_of_what_needs_less_memory_a_run_hears_what_it_may_go_on_with():
+  """A chunk that divides a device's queries; packed, that is another run; where chunks are held, they need not be."""
+  small = dataclasses.replace(MODEL, dtype="bfloat16", remat=True)
+  ways = lambda model=small, devices=1, packed=False, **more: step.less_memory(
+    model, dataclasses.replace(STAGE, **more), "cascade", devices, packed
+  )
+  other = ["a smaller --cascade.batch"]
+  assert ways() == (["--cascade.chunk 4"], other)
+  assert ways(chunk=4) == (["--cascade.chunk 2"], other)
+  assert ways(packed=True) == ([], ["--cascade.chunk 4", *other])
+  assert ways(chunk=4, recompute=False) == (["--cascade.recompute"], other)
+  assert ways(devices=8) == ([], [])  # a query on each
+  assert ways(MODEL, chunk=1) == (["--model.remat"], ["--model.dtype bfloat16", *other])
+  for flag in ("--cascade.chunk 4", "--cascade.recompute", "--model.remat", "--model.dtype bfloat16"):
+    verbs.parse(config.Config, "train", flag.split(), default=config.Config())  # as it stands there, each is one
