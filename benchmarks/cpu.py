@@ -3,7 +3,8 @@
   python benchmarks/cpu.py [--turns 6] [--steps dual interaction warmup cascade] [--sides mixed torch ...] [--chunk 16]
 
 The quickstart's lengths, random tokens and weights, no dropout: all-MiniLM-L6-v2's shape, and in the cascade a student
-of three such layers. Ours in each `model.dtype`; PyTorch's (peers.py) in float32 and under autocast to bfloat16;
+of three such layers. Ours in each `model.dtype`, with padded rows and with rows of 64 tokens that hold several texts
+(128 for pairs), which give the same losses; PyTorch's (peers.py) in float32 and under autocast to bfloat16;
 sentence-transformers' loss on the dual-encoder alone. Those need `pip install -e .[interop]`. Before anything is timed,
 the first loss and gradient norm must agree. Process time counts all cores. Only a CPU with products of bfloat16
 (`amx_bf16`, `avx512_bf16`) gains from it. The command line asks for huge pages, this program runs as it is started: try
@@ -44,20 +45,23 @@ STEPS = {
     ),
   ),
 }
-OURS = ("float32", "mixed", "bfloat16")
+PACK = 64  # tokens of a packed row
+PADDED = ("float32", "mixed", "bfloat16")
+OURS = PADDED + tuple(f"{dtype}, packed" for dtype in PADDED)
 THEIRS = ("torch", "torch bfloat16", "sentence-transformers")
-EXACT = ("float32", "torch", "sentence-transformers")  # nothing is rounded to bfloat16
+EXACT = ("float32", "float32, packed", "torch", "sentence-transformers")  # nothing is rounded to bfloat16
 
 
 def runner(side: str, name: str, chunk: int | None) -> Any:
   """The step on that side; None where it has none."""
   student, train = STEPS[name]
-  model = Model(
-    scan=False, late_width=None, pooling="mean", cosine=True, dropout=0.0, dtype=side if side in OURS else "float32"
-  )
-  params, batch = steps.parameters(model, student, TEACHER), steps.Texts(train, DATA, share=0.7).batch()
+  dtype, _, packed = side.partition(", ") if side in OURS else ("float32", "", "")
+  model = Model(scan=False, late_width=None, pooling="mean", cosine=True, dropout=0.0, dtype=dtype)
+  params = steps.parameters(model, student, TEACHER)
+  batch = steps.Texts(train, DATA, share=0.7).batch(PACK if packed else None)
   if side in OURS:
-    train = dataclasses.replace(train, chunk=chunk and min(chunk, train.batch), recompute=False)
+    held = None if packed else chunk and min(chunk, train.batch)
+    train = dataclasses.replace(train, chunk=held, recompute=False)
     return steps.Runner(model, train, params, batch)
   import peers
 
@@ -72,7 +76,7 @@ def main() -> None:
   parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
   torch = importlib.util.find_spec("torch") is not None
   parser.add_argument("--sides", nargs="+", choices=OURS + THEIRS, default=list(OURS + (THEIRS if torch else ())))
-  parser.add_argument("--chunk", type=int, help="queries that ours encode at once; nothing is computed twice")
+  parser.add_argument("--chunk", type=int, help="queries that ours, padded, encode at once; nothing is computed twice")
   chosen = parser.parse_args()
   base = "torch" if "torch" in chosen.sides else chosen.sides[0]
   print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {chosen.turns} steps each, in turns, "
