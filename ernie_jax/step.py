@@ -180,10 +180,11 @@ def less_memory(
   held, each = train.chunk is not None and not train.recompute, train.batch // devices
   smaller = [size for size in range(1, train.chunk or each) if each % size == 0 and not held]
   chunk = [f"--{stage}.chunk {smaller[-1]}"] if smaller else []
-  same = [] if packed else chunk  # a chunk's texts are packed together
-  same += [f"--{stage}.recompute"] * held + ["--model.remat"] * (not model.remat)
-  other = (chunk if packed else []) + ["--model.dtype bfloat16"] * (model.dtype != "bfloat16")
-  return same, other + [f"a smaller --{stage}.batch"] * (each > 1)
+  same = [f"--{stage}.recompute"] * held + ["--model.remat"] * (not model.remat)
+  other = ["--model.dtype bfloat16"] * (model.dtype != "bfloat16") + [f"a smaller --{stage}.batch"] * (each > 1)
+  if packed:  # a chunk's texts are packed together
+    return same, chunk + other
+  return chunk + same, other
 
 
 def done(number: Int[Array, ""] | int, train: config.Train) -> Float[Array, ""] | float:

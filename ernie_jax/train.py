@@ -219,8 +219,9 @@ def _room(name: str, same: list[str], other: list[str]) -> Iterator[None]:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    ways = [", ".join(same), f"{', '.join(other)} in a new run" if other else ""]
-    raise UserError(f"{name}: the device's memory is too small; try {', or '.join(filter(None, ways))}") from error
+    ways = [*([", ".join(same)] if same else []), *([f"{', '.join(other)} in a new run"] if other else [])]
+    more = ", or ".join(ways) or "more devices"
+    raise UserError(f"{name}: the device's memory is too small; try {more}") from error
 
 
 def _warn(directory: Path, stage: config.Train, number: int, terms: dict[str, float]) -> None:
