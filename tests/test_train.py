@@ -469,7 +469,7 @@ def test_a_device_s_full_memory_is_one_line_and_no_other_error_is():
   said = r"--warmup\.chunk 2, --model\.remat, or --model\.dtype bfloat16, a smaller --warmup\.batch in a new run"
   with pytest.raises(UserError, match=f"memory is too small; try {said}$"), loop._room("warmup", *ways):
     raise full
-  with pytest.raises(UserError, match="try more devices$"), loop._room("warmup", [], []):
+  with pytest.raises(UserError, match=r"try more devices$"), loop._room("warmup", [], []):
     raise full
   with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), loop._room("warmup", *ways):
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
