@@ -489,4 +489,4 @@ def test_of_what_needs_less_memory_a_run_hears_what_it_may_go_on_with():
   assert ways(devices=8) == ([], [])  # a query on each
   assert ways(MODEL, chunk=1) == (["--model.remat"], ["--model.dtype bfloat16", *other])
   for flag in ("--cascade.chunk 4", "--cascade.recompute", "--model.remat", "--model.dtype bfloat16"):
-    verbs.parse(config.Config, "train", flag.split(), default=config.Config())  # as it stands there, each is one
+    verbs.parse(config.Config, "run", flag.split(), default=config.Config())  # as it stands there, each is one
