@@ -56,8 +56,10 @@ def bound(sizes: np.ndarray, length: int) -> int:
 
 
 def limits(texts: batches.Texts, data: config.Data, packs: list[int]) -> None:
-  """The largest share of real tokens that 8,192 passages with their queries, or pairs, packed as one allow, and what
-  first-fit reaches."""
+  """The largest share of real tokens that packing allows, and what first-fit reaches.
+
+  Of 8,192 passages with their queries, or pairs, packed as one.
+  """
   rng, size = np.random.default_rng(0), batches.sizes(texts, data, together=True)
   drawn = [size(i, batches.choose(texts, i, 7, rng)) for i in rng.integers(len(texts.queries), size=1024).tolist()]
   for pack, (tower, longest) in itertools.product(

@@ -76,6 +76,7 @@ def flops(
   weights, terms = train.on, train.on.active
   queries, lists = train.batch, 1 + train.negatives
   passages = queries * lists  # P: the pool
+  towers = [rows[tower] for tower in ("queries", "passages") if tower in rows]
   total = 0.0
 
   if train.needs_cross:
@@ -88,20 +89,19 @@ def flops(
 
   if weights.needs_student:
     copies = 2 if weights.needs_twin else 1
-    towers = sum(forward(student, *rows[tower]) for tower in ("queries", "passages") if tower in rows)
     dual_pool = "nll_de" in terms and train.dual_pool == "global"
     dual_pool |= "kl_li_de" in terms and train.late_pool == "global"
     vectors = passages if terms & config.VECTORS else 0
     vectors += queries * passages * (2 if weights.needs_twin else int(dual_pool))
     width = student.width if model.dual_width is None else model.dual_width
-    total += 3 * (copies * towers + 2 * vectors * width)
+    total += 3 * (copies * sum(forward(student, *own) for own in towers) + 2 * vectors * width)
     if model.dual_width is not None and weights.needs_dual:
       total += 3 * copies * 2 * (queries + passages) * student.width * width
 
   if weights.needs_late:
     width = student.width if model.late_width is None else model.late_width
     if model.late_width is not None:
-      tokens = sum(math.prod(rows[tower]) for tower in ("queries", "passages") if tower in rows)
+      tokens = sum(math.prod(own) for own in towers)
       total += 3 * 2 * tokens * student.width * width
     similarity = 2 * data.query_length * data.passage_length * width
     pool = queries * passages if train.late_pool == "global" and terms & {"nll_li", "kl_li_de"} else 0

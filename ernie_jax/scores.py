@@ -362,7 +362,7 @@ def maxsim_pool(q: Embeddings, p: Embeddings) -> Float[Array, "b p"]:
   def local(_, q: Embeddings, p: Embeddings):
     devices, queries, passages = mesh.size(), len(q.mask), len(p.mask)
     each = queries * devices * q.mask.shape[1] * p.mask.shape[1]  # similarities for one passage of every device
-    turn = max(c for c in range(1, passages + 1) if passages % c == 0 and c * each <= max(TILE, each))
+    turn = largest_part(passages, max(TILE // each, 1))
 
     wide = q.tokens.astype(jnp.float32)  # so that its gradient is summed over the turns in float32
 
@@ -441,6 +441,11 @@ def in_chunks(function: Callable[..., Any], count: int, recompute: bool, *rows: 
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
   body = jax.checkpoint(lambda part: function(*part), prevent_cse=False)
   return merged(jax.lax.map(body, cut(rows, count)))
+
+
+def largest_part(count: int, most: int) -> int:
+  """The size of the largest equal parts of `count` that are no larger than `most`; 0 where that is below 1."""
+  return max((size for size in range(1, min(count, most) + 1) if count % size == 0), default=0)
 
 
 def cut(rows: Any, count: int) -> Any:

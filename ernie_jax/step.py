@@ -165,8 +165,8 @@ def divides(train: config.Train, devices: int) -> None:
     good = " or ".join(str(max(1, train.batch // unit + i) * unit) for i in (0, 1) if train.batch // unit + i)
     split = f"{devices} devices" + (f" in chunks of {train.chunk} queries" if train.chunk else "")
     each, rest = divmod(train.batch, devices)
-    fits = [c for c in range(1, each + 1) if each % c == 0 and c <= (train.chunk or 0)] if not rest else []
-    other = f", or chunk={fits[-1]}" if fits else ""
+    fits = 0 if rest else scores.largest_part(each, train.chunk or 0)
+    other = f", or chunk={fits}" if fits else ""
     raise config.UserError(f"batch={train.batch}: does not divide over {split}; use {good}{other}")
 
 
@@ -178,8 +178,8 @@ def less_memory(
   First those that a run may go on with, since they change results by rounding alone; then those of another run.
   """
   held, each = train.chunk is not None and not train.recompute, train.batch // devices
-  smaller = [size for size in range(1, train.chunk or each) if each % size == 0 and not held]
-  chunk = [f"--{stage}.chunk {smaller[-1]}"] if smaller else []
+  smaller = 0 if held else scores.largest_part(each, (train.chunk or each) - 1)
+  chunk = [f"--{stage}.chunk {smaller}"] * (smaller > 0)
   same = [f"--{stage}.recompute"] * held + ["--model.remat"] * (not model.remat)
   other = ["--model.dtype bfloat16"] * (model.dtype != "bfloat16") + [f"a smaller --{stage}.batch"] * (each > 1)
   if packed:  # a chunk's texts are packed together

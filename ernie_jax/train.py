@@ -144,7 +144,7 @@ def train(
       def read_logs(number: int, batch: Batch, logs: dict[str, jax.Array]) -> tuple[int, dict, dict]:
         """A step's number, terms and speed; waits for it."""
         nonlocal read_at
-        with _room(directory.name, *ways):
+        with _room(directory.name, stage.batch, *ways):
           terms = {name: float(x) for name, x in jax.device_get(logs).items()}
         _warn(directory, stage, number, terms)
         seconds, read_at = time.monotonic() - read_at, time.monotonic()
@@ -179,7 +179,7 @@ def train(
           iterator.set_state(position)  # the same examples, with other negatives
           read_at = time.monotonic()
         batch = next(iterator)
-        with _room(directory.name, *ways):
+        with _room(directory.name, stage.batch, *ways):
           state, logs = train_step(state, mesh.shard(batch, grid), key)
         if unread is not None:
           write(*read_logs(*unread), {})
@@ -212,7 +212,7 @@ def train(
 
 
 @contextlib.contextmanager
-def _room(name: str, same: list[str], other: list[str]) -> Iterator[None]:
+def _room(name: str, batch: int, same: list[str], other: list[str]) -> Iterator[None]:
   """Says what to do where the device's memory is too small: what a run may go on with, and what asks for a new one."""
   try:
     yield
@@ -221,7 +221,7 @@ def _room(name: str, same: list[str], other: list[str]) -> Iterator[None]:
       raise
     ways = [*([", ".join(same)] if same else []), *([f"{', '.join(other)} in a new run"] if other else [])]
     more = ", or ".join(ways) or "more devices"
-    raise UserError(f"{name}: the device's memory is too small; try {more}") from error
+    raise UserError(f"{name}: the device's memory is too small for batch={batch}; try {more}") from error
 
 
 def _warn(directory: Path, stage: config.Train, number: int, terms: dict[str, float]) -> None:

@@ -86,18 +86,19 @@ def larger(params, by=10):
 
 
 @pytest.mark.parametrize(
-  ("devices", "chunk", "units", "weights"),
+  ("devices", "chunk", "units", "together", "weights"),
   [
-    (1, None, 0, TAUGHT),
-    (1, 2, 0, TAUGHT),
-    (2, 2, 4, TAUGHT),
-    (8, None, 0, TAUGHT),
-    ("2 processes", 2, 0, TAUGHT),
-    (2, 1, 0, Weights.only(nll_ce=1)),
+    (1, None, 0, False, TAUGHT),
+    (1, 2, 0, False, TAUGHT),
+    (2, 2, 4, False, TAUGHT),
+    (2, 2, 4, True, TAUGHT),
+    (8, None, 0, False, TAUGHT),
+    ("2 processes", 2, 0, False, TAUGHT),
+    (2, 1, 0, False, Weights.only(nll_ce=1)),
   ],
 )
 def test_the_teacher_before_the_student_is_the_gradient_of_the_loss(
-  tiny_params, tmp_path, devices, chunk, units, weights
+  tiny_params, tmp_path, devices, chunk, units, together, weights
 ):
   """Dropout and its twins, weights and temperatures on their way; padded or packed, and the warm-up."""
   model, params = tiny_params[0], larger(tiny_params[1], 4)
@@ -115,7 +116,7 @@ def test_the_teacher_before_the_student_is_the_gradient_of_the_loss(
   else:
     grid = mesh.make(jax.devices()[:devices])
     with jax.set_mesh(grid):
-      batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units, together=units > 0)), grid)
+      batch = mesh.shard(jax.tree.map(np.asarray, make_batch(units=units, together=together)), grid)
       if not train.on.needs_student:
         batch = batch.replace(queries=None, passages=None)  # as the warm-up's are
       first = jax.jit(lambda p, batch, at: step.gradient(p, batch, model, train, key, at))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Ids
 
 from ernie_jax import batches, config, scores, templates, tokens
 
@@ -69,10 +70,6 @@ def test_markers_and_masks_are_rows_as_colbert_reads_them(t):
 def test_masks_read_and_score_and_are_not_read(tiny_params):
   """Late interaction scores [MASK]s, what they stand beside does not change, packed or not."""
   model, params = tiny_params
-
-  class Ids:
-    pad, cls, sep, mask = 0, 1, 2, 3
-
   embed = jax.jit(lambda rows: scores.embed(params["student"], model, rows, None, query=True))
   parts = [[words(7, 8)], [words(9)], [words(10, 11, 12)]]
   plain, filled = embed(templates.rows(parts, 6, Ids)), embed(templates.rows(parts, 6, Ids, augment=6))

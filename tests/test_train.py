@@ -467,11 +467,11 @@ def test_a_device_s_full_memory_is_one_line_and_no_other_error_is():
   full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17.46GiB")
   ways = step.less_memory(MODEL, STAGE, "warmup", 2, packed=False)
   said = r"--warmup\.chunk 2, --model\.remat, or --model\.dtype bfloat16, a smaller --warmup\.batch in a new run"
-  with pytest.raises(UserError, match=f"memory is too small; try {said}$"), loop._room("warmup", *ways):
+  with pytest.raises(UserError, match=f"memory is too small for batch=8; try {said}$"), loop._room("warmup", 8, *ways):
     raise full
-  with pytest.raises(UserError, match=r"try more devices$"), loop._room("warmup", [], []):
+  with pytest.raises(UserError, match=r"try more devices$"), loop._room("warmup", 8, [], []):
     raise full
-  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), loop._room("warmup", *ways):
+  with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), loop._room("warmup", 8, *ways):
     raise jax.errors.JaxRuntimeError("INTERNAL: something else")
 
 
@@ -489,4 +489,5 @@ def test_of_what_needs_less_memory_a_run_hears_what_it_may_go_on_with():
   assert ways(devices=8) == ([], [])  # a query on each
   assert ways(MODEL, chunk=1) == (["--model.remat"], ["--model.dtype bfloat16", *other])
   for flag in ("--cascade.chunk 4", "--cascade.recompute", "--model.remat", "--model.dtype bfloat16"):
-    verbs.parse(config.Config, "run", flag.split(), default=config.Config())  # as it stands there, each is one
+    for verb in ("run", "plan"):  # as it stands there, each is one
+      verbs.parse(config.Config, verb, flag.split(), default=config.Config())
